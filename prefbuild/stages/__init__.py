@@ -1,0 +1,17 @@
+"""The pipeline on one screen: a module a stage, each with `run(settings, inputs, outputs, work, name)`.
+
+    model, data -> prepare -> train -> merge -> evaluate -> gate -> report
+    model -> baseline ------------------------------------^
+"""
+
+STAGES = {
+    "model": "prefbuild.stages.model",  # a source becomes a checkpoint folder
+    "data": "prefbuild.stages.data",  # a source becomes files of rows
+    "prepare": "prefbuild.stages.prepare",  # rows become prompt, chosen, rejected
+    "train": "prefbuild.stages.train",  # an adapter
+    "merge": "prefbuild.stages.merge",  # adapter and base become one, and prove it
+    "evaluate": "prefbuild.stages.evaluate",  # lm-evaluation-harness on the merged model
+    "baseline": "prefbuild.stages.baseline",  # the same on the base
+    "gate": "prefbuild.stages.gate",  # a verdict
+    "report": "prefbuild.stages.report",  # pages and pictures
+}

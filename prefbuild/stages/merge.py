@@ -1,0 +1,274 @@
+"""Merge an adapter into its base, and prove from the written files that the two are the same model.
+
+The merged weights are the base's in its own number format, so they are rounded once more than base and adapter
+apart. What is measured is what that rounding did: both are loaded from disk in float32 and compared on fixed prompts.
+Covered: LoRA, rsLoRA and DoRA as PEFT merges them, tied embeddings. Not covered: quantised bases, which PEFT would
+quantise a second time, and several adapters at once.
+"""
+
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefbuild.artifact import read_json, verify_artifact, write_json
+from prefbuild.errors import StageError
+from prefbuild.template import load_tokenizer, render_prompt, tokenize
+
+NUM_NEW_TOKENS = 16
+# Questions, code, other scripts, digits: tokens that differ in what the model does with them.
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a Python function that adds up the squares of a list of numbers.",
+    "Explain in two sentences why the sky is blue.",
+    "Translate to German: The train leaves at half past seven.",
+    "If a book costs 12.50 and I pay with 20, how much do I get back?",
+    "Name three animals that lay eggs, separated by commas.",
+    "寿司は好きですか。Answer in English.",
+    "My friend is sad because her cat died. What could I say to her?",
+)
+# What a checkpoint has beside its weights: copied from the base as it is. config.json is written with the weights.
+COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+NOT_COPIED = {"config.json", "manifest.json", "adapter_config.json", "trainer_state.json"}
+
+
+def run(
+    settings: dict[str, Any], inputs: dict[str, Path | list[Path]], outputs: dict[str, Path], work: Path, name: str
+) -> None:
+    """Write the merged checkpoint and merge.json. StageError when it is not what base and adapter are together."""
+    model, adapter, merged = inputs["model"], inputs["adapter"], outputs["merged"]
+    assert isinstance(model, Path) and isinstance(adapter, Path)
+    max_kl = settings["merge"]["max_kl"]
+
+    check_pair(model, adapter)
+    check_adapter(adapter)
+    merge(model, adapter, merged)
+    result = compare(model, adapter, merged)
+
+    print(
+        f"merge: KL {result.kl:.2e} nats a token (at most {max_kl}), logits differ by at most "
+        f"{result.max_logit_difference:.2e}, {result.greedy_agreement:.0%} of the prompts continue alike",
+        file=sys.stderr,
+    )
+    if result.equals_base:
+        raise StageError(
+            f"{merged}: gives the very logits of its base {model}, so it is the base and not the trained model. "
+            "The adapter's update is too small for the number format of the weights: "
+            "train further, or store the base in float32 (base.dtype)"
+        )
+    if not result.kl <= max_kl:  # written so that NaN fails
+        raise StageError(
+            f"{merged}: is not base and adapter: KL {result.kl:.3g} nats a token is over merge.max_kl {max_kl} "
+            f"(largest difference of a logit {result.max_logit_difference:.3g}, "
+            f"{result.greedy_agreement:.0%} of {len(PROMPTS)} prompts continue alike). Store the base in a finer "
+            "number format (base.dtype: float32), or raise merge.max_kl if this much rounding is acceptable"
+        )
+    write_json(
+        outputs["metrics"],
+        {
+            "kl": result.kl,
+            "max_logit_difference": result.max_logit_difference,
+            "greedy_agreement": result.greedy_agreement,
+            "tolerance": {"max_kl": max_kl},
+            "bytes": sum(path.stat().st_size for path in merged.rglob("*") if path.is_file()),
+        },
+    )
+
+
+# ---- what may be merged
+
+
+def check_pair(model: Path, adapter: Path) -> None:
+    """StageError unless the adapter was trained on exactly this base, both are whole, and the base is not quantised."""
+    base_digest = verify_artifact(model)["digest"]
+    trained_on = verify_artifact(adapter)["inputs"].get("model")
+    if trained_on != base_digest:
+        raise StageError(
+            f"{adapter}: was trained on a base with digest {trained_on}, but {model} is {base_digest}; "
+            "merging them would give a model nobody trained. Run `dvc repro` to train on this base"
+        )
+    if read_json(model / "config.json").get("quantization_config"):
+        raise StageError(
+            f"{model / 'config.json'}: the base is quantised, and merging would quantise the trained weights again; "
+            "give the recipe a base in bfloat16, float16 or float32"
+        )
+
+
+def check_adapter(adapter: Path) -> None:
+    """StageError when the adapter's weights are not finite numbers, or change nothing at all."""
+    from safetensors import safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    zero = []
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118, a safe_open is no dict
+            tensor = file.get_tensor(key)
+            if not tensor.isfinite().all():
+                raise StageError(f"{path}: {key} holds NaN or infinity; train again with a lower learning_rate")
+            # An update is B times A, and B starts as zeros.
+            if "lora_B" in key or "lora_embedding_B" in key:
+                zero.append(not tensor.any())
+    if zero and all(zero):
+        raise StageError(
+            f"{path}: all {len(zero)} lora_B tensors are zero, as before training, so merging would give the base; "
+            "look at the loss and grad_norm in train.json"
+        )
+
+
+# ---- merge
+
+
+def merge(model: Path, adapter: Path, merged: Path) -> None:
+    """Write base and adapter as one checkpoint: safetensors in the base's number format, and the base's other files.
+
+    On the CPU, whatever the machine has, so that the bytes do not depend on the kind of GPU.
+    """
+    import peft
+    from transformers import GenerationConfig
+
+    base = _load(model, "auto")
+    try:
+        whole = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:  # safe_merge found NaN or infinity
+        raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
+    if (model / "generation_config.json").exists():
+        # The base's own file is copied below; saving it here would fail on many that people publish
+        # (a temperature without do_sample, say).
+        whole.generation_config = GenerationConfig()
+    whole.save_pretrained(merged)
+    copy_text_files(model, merged)
+    for path in merged.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
+
+
+def copy_text_files(model: Path, merged: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence byte for byte: no weights, code or pickles."""
+    files = [path for path in model.iterdir() if path.is_file()] + list(model.glob("additional_chat_templates/*.jinja"))
+    for path in files:
+        legal = path.name.startswith(("LICENSE", "NOTICE"))
+        wanted = (
+            path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED and not path.name.endswith(".index.json")
+        )
+        if legal or wanted:
+            target = merged / path.relative_to(model)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+# ---- prove
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What merging did, over every position of the fixed prompts and their continuations."""
+
+    kl: float  # mean KL(base and adapter || merged), nats a token
+    max_logit_difference: float
+    greedy_agreement: float  # part of the prompts whose greedy continuations are the same tokens
+    equals_base: bool  # the merged model's logits are the base's own, bit for bit
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    ids: list[int]  # prompt and greedy continuation
+    num_prompt: int
+    logits: Any  # [tokens, vocabulary], float32, on the CPU
+    base_logits: Any
+
+
+def compare(model: Path, adapter: Path, merged: Path) -> Comparison:
+    """Compare base and adapter with the merged folder, each loaded from disk in float32, one after the other.
+
+    StageError when one ties its embeddings and the other does not.
+    """
+    import peft
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = _prompt_ids(model)
+
+    base = _load(model, torch.float32)
+    tied = _tied(base)
+    pair = peft.PeftModel.from_pretrained(base, adapter).to(device).eval()
+    answers = []
+    for ids in prompts:
+        whole = _continue(pair, ids)
+        with pair.disable_adapter():
+            base_logits = _logits(pair, whole)
+        answers.append(_Answer(ids=whole, num_prompt=len(ids), logits=_logits(pair, whole), base_logits=base_logits))
+    del base, pair  # or two models in float32 would be in memory
+    torch.cuda.empty_cache()
+
+    one = _load(merged, torch.float32).to(device).eval()
+    if _tied(one) != tied:
+        raise StageError(
+            f"{merged}: input and output embeddings are {'not ' * tied}one tensor, "
+            f"but in {model} they are {'not ' * (not tied)}so; "
+            "leave the embeddings and lm_head out of lora.target_modules"
+        )
+    kl_sum, num_positions, largest, agreed, equals_base = 0.0, 0, 0.0, 0, True
+    for answer in answers:
+        logits = _logits(one, answer.ids)
+        kl_sum += _kl(answer.logits, logits)
+        num_positions += len(answer.ids)
+        difference = (answer.logits - logits).abs().max().item()
+        largest = max(largest, difference if math.isfinite(difference) else math.inf)
+        agreed += _continue(one, answer.ids[: answer.num_prompt]) == answer.ids
+        equals_base = equals_base and torch.equal(logits, answer.base_logits)
+    return Comparison(
+        kl=kl_sum / num_positions,
+        max_logit_difference=largest,
+        greedy_agreement=agreed / len(answers),
+        equals_base=equals_base,
+    )
+
+
+def _load(folder: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
+def _prompt_ids(model: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(model)
+    texts = list(PROMPTS)
+    if tokenizer.chat_template:
+        texts = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    return tokenize(tokenizer, texts)
+
+
+def _tied(model: Any) -> bool:
+    return bool(model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr())
+
+
+def _continue(model: Any, ids: list[int]) -> list[int]:
+    """The ids and up to NUM_NEW_TOKENS greedy ones, whatever sampling the checkpoint's generation config asks for."""
+    import torch
+    from transformers import GenerationConfig
+
+    eos = model.generation_config.eos_token_id
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=eos, pad_token_id=0)
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        whole = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy)
+    result: list[int] = whole[0].tolist()
+    return result
+
+
+def _logits(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu()
+
+
+def _kl(reference: Any, other: Any) -> float:
+    """Sum over positions of KL(reference || other) in nats. Both [tokens, vocabulary] logits."""
+    import torch
+
+    p, q = torch.log_softmax(reference.double(), dim=-1), torch.log_softmax(other.double(), dim=-1)
+    return float((p.exp() * (p - q)).sum())

@@ -1,0 +1,139 @@
+"""One page that shows every recipe's verdict and what it rests on.
+
+Covered: every file the page shows is there and says what the others say; otherwise StageError, never a page that lacks
+something. Not covered: digests, which the gate has checked.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from prefbuild.artifact import MANIFEST, read_json, write_atomic
+from prefbuild.errors import StageError
+from prefbuild.report.page import Built, Measured, render
+
+# Under live/plots/metrics/train, as TRL names them.
+CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+
+
+def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
+    """Write index.html into `report`: one file, without network or scripts, the same bytes from the same build.
+
+    Raises StageError naming every file that is missing, or the first that is not what it should be.
+    """
+    builds = [
+        (recipe, next(path for path in inputs[recipe] if path.name == "gate.json").parent, Path(settings["baselines"][recipe]))
+        for recipe in settings["recipes"]
+    ]
+    missing = [str(path) for _, folder, baseline in builds for path in needed(folder, baseline) if not path.exists()]
+    if missing:
+        raise StageError(f"{', '.join(dict.fromkeys(missing))}: missing, so the report would lack it; run `dvc repro`")
+    page = render([read_build(recipe, folder, baseline) for recipe, folder, baseline in builds])
+    write_atomic(outputs["report"] / "index.html", page)
+
+
+def needed(folder: Path, baseline: Path) -> list[Path]:
+    """Every file the page is made of."""
+    files = [folder / f"{stage}.json" for stage in ("gate", "prepare", "train", "merge", "evaluate")]
+    files += [folder / "lengths.csv", folder / "evaluate" / MANIFEST, baseline / MANIFEST]
+    files += [_curve_path(folder, curve) for curve in CURVES]
+    for path in _measurements(folder):
+        files += [path.with_suffix(".jsonl"), baseline / path.name, baseline / f"{path.stem}.jsonl"]
+    return files
+
+
+def read_build(recipe: str, folder: Path, baseline: Path) -> Built:
+    """All that is shown of one recipe. StageError when files contradict each other."""
+    gate, rows, metrics = (read_json(folder / f"{stage}.json") for stage in ("gate", "prepare", "evaluate"))
+    if gate["recipe"] != recipe:
+        raise StageError(f"{folder / 'gate.json'}: is the verdict on {gate['recipe']}, not on {recipe}; run `dvc repro`")
+    lost = rows["rows"]["in"] - rows["rows"]["out"] - sum(rows["dropped"].values())
+    if lost:
+        raise StageError(f"{folder / 'prepare.json'}: {lost} rows are neither kept nor counted as dropped; run `dvc repro`")
+    measured = [read_measured(path, baseline) for path in _measurements(folder)]
+    if sorted(json.dumps(one.model["metrics"], sort_keys=True) for one in measured) != sorted(
+        json.dumps(value, sort_keys=True) for value in metrics.values()
+    ):
+        raise StageError(f"{folder / 'evaluate.json'}: is not what {folder / 'evaluate'} holds; run `dvc repro`")
+    return Built(
+        name=recipe,
+        base=baseline.name,
+        gate=gate,
+        prepare=rows,
+        train=read_json(folder / "train.json"),
+        merge=read_json(folder / "merge.json"),
+        lengths=read_lengths(folder / "lengths.csv"),
+        curves={curve: read_curve(_curve_path(folder, curve)) for curve in CURVES},
+        measured=sorted(measured, key=lambda one: (one.model["task"], one.key)),
+    )
+
+
+def read_measured(path: Path, baseline: Path) -> Measured:
+    """One measurement of the model and the same of its base. StageError when they are not of the same documents."""
+    mine, theirs = read_samples(path.with_suffix(".jsonl")), read_samples(baseline / f"{path.stem}.jsonl")
+    if [_document(sample) for sample in mine] != [_document(sample) for sample in theirs]:
+        raise StageError(f"{path.with_suffix('.jsonl')} and {baseline}/{path.stem}.jsonl are not of the same documents; run `dvc repro`")
+    return Measured(
+        key=path.stem,
+        model=read_json(path),
+        base=read_json(baseline / path.name),
+        samples=list(zip(mine, theirs, strict=True)),
+    )
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The documents of a measurement."""
+    # Not splitlines(): an answer may hold U+2028, which is no end of a line of JSON.
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                samples.append(json.loads(line))
+            except ValueError as error:
+                raise StageError(f"{path}:{number}: is not JSON: {error}") from None
+    if not samples:
+        raise StageError(f"{path}: holds no samples")
+    return samples
+
+
+def read_lengths(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """`{part: [(tokens, rows)]}`, tokens being the lower edge of a bin."""
+    lengths: dict[str, list[tuple[int, int]]] = {}
+    for number, row in enumerate(_table(path, ","), 2):
+        try:
+            lengths.setdefault(row["part"], []).append((int(row["tokens"]), int(row["rows"])))
+        except (KeyError, TypeError, ValueError):
+            raise StageError(f"{path}:{number}: is not part,tokens,rows") from None
+    return lengths
+
+
+def read_curve(path: Path) -> list[tuple[float, float]]:
+    """The (step, value) points of one of DVCLive's files."""
+    points = []
+    for number, row in enumerate(_table(path, "\t"), 2):
+        try:
+            points.append((float(row["step"]), float(row[path.stem])))
+        except (KeyError, TypeError, ValueError):
+            raise StageError(f"{path}:{number}: has no numbers for step and {path.stem}") from None
+    return points
+
+
+def _table(path: Path, delimiter: str) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter=delimiter))
+    if not rows:
+        raise StageError(f"{path}: holds no rows")
+    return rows
+
+
+def _curve_path(folder: Path, curve: str) -> Path:
+    return folder / "live/plots/metrics/train" / f"{curve}.tsv"
+
+
+def _measurements(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "evaluate").glob("*.json") if path.name != MANIFEST)
+
+
+def _document(sample: dict[str, Any]) -> tuple[Any, Any]:
+    return sample["doc_id"], sample["doc_hash"]

@@ -1,0 +1,27 @@
+"""Train an adapter on prepared rows, by the recipe's method."""
+
+from pathlib import Path
+from typing import Any
+
+from prefbuild.artifact import read_manifest, verify_artifact, write_json
+from prefbuild.recipe import DPO
+
+
+def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
+    """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
+    from prefbuild.training import dpo
+
+    verify_artifact(inputs["prepared"])
+    base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
+    metrics = dpo.train(
+        DPO.model_validate(settings["train"]),
+        seed=settings["seed"],
+        base=base,
+        model=inputs["model"],
+        prepared=inputs["prepared"],
+        adapter=outputs["adapter"],
+        live=outputs["live"].parent,
+        work=work,
+        name=name,
+    )
+    write_json(outputs["metrics"], metrics)

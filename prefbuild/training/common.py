@@ -1,0 +1,160 @@
+"""What every training method shares: precision, curves, progress, checkpoints that can be trusted, saving.
+
+A checkpoint counts only when its manifest, written last, agrees with its files: Trainer itself would go on from
+one without optimizer or random state, and end elsewhere without a word.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
+from prefbuild.errors import StageError
+
+NEEDED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def use_bf16(precision: str) -> bool:
+    """Whether to compute in bf16. `auto`: where the GPU, or the CPU's instruction set, does."""
+    import torch
+
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def machine() -> dict[str, str]:
+    """What the bytes depend on besides the recipe: the same values here promise the same adapter."""
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "peft": peft.__version__,
+    }
+
+
+class Curves(TrainerCallback):
+    """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
+
+    def __init__(self, folder: Path, resume_from: Path | None):
+        from dvclive import Live
+
+        if resume_from is not None:
+            shutil.copytree(resume_from / "live", folder, dirs_exist_ok=True)
+        self.live = Live(str(folder), resume=resume_from is not None, save_dvc_exp=False, dvcyaml=None)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.live.step = state.global_step
+        for key, value in (logs or {}).items():
+            if isinstance(value, int | float) and not key.startswith("eval_") and key not in ("epoch", "total_flos"):
+                self.live.log_metric(f"train/{key}", value)
+        self.live.sync()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.live.end()
+
+
+class ProgressBar(TrainerCallback):
+    """One bar in words: step, time left, loss, margin, accuracy."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=f"train {self.name}",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+        )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        if self.bar is not None and "loss" in logs:
+            words = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+            self.bar.set_postfix({word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+class Checkpoints(TrainerCallback):
+    """Complete every checkpoint with the curves so far and, last, a manifest."""
+
+    def __init__(self, live: Path):
+        self.live = live
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        shutil.copytree(self.live, folder / "live", dirs_exist_ok=True)
+        write_manifest(folder, stage="train", name="checkpoint", inputs={})
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that is whole; half-written ones are removed."""
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        try:
+            missing = NEEDED - set(verify_artifact(folder)["files"])
+            if missing:
+                raise StageError(f"{folder}: lacks {', '.join(sorted(missing))}")
+        except StageError as error:
+            print(f"checkpoint left out: {error}", file=sys.stderr)
+            shutil.rmtree(folder)
+        else:
+            print(f"going on from {folder.name}", file=sys.stderr)
+            return folder
+    return None
+
+
+def save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
+    """Save a PEFT model's adapter as safetensors, its config naming base and revision, byte for byte the same each time."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base["name"]
+    config.revision = base["revision"]
+    # "auto" would ask the hub whether the base's vocabulary was resized; DPO never resizes it.
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    for extra in ("README.md", "training_args.bin"):
+        (folder / extra).unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    # PEFT keeps target_modules as a set, whose order changes from run to run.
+    saved["target_modules"] = sorted(saved["target_modules"])
+    write_atomic(path, canonical_json(saved))
+    os.chmod(folder / "adapter_model.safetensors", 0o644)

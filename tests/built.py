@@ -1,0 +1,270 @@
+"""A small build with the shape of a real one, in a git repository: random weights, honest metrics.
+
+`make(root)` writes recipe `x` (compared with its base and with recipe `y`); `judge`, `seal` and `lock` redo what the
+gate stage, the worker and DVC do after a stage, for tests that change something on the way.
+"""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+from safetensors.numpy import save_file
+
+from prefbuild import gates
+from prefbuild.artifact import canonical_json, read_manifest, write_json, write_manifest
+
+N = 40
+KEYS = {"concise": "aaaaaaaaaaaa", "sense": "bbbbbbbbbbbb"}
+BASE, BASELINE = "build/models/tiny-abc123", "build/baselines/tiny-abc123"
+RIGHT = {"base": 18, "x": 30, "y": 24}  # documents of task concise each model has right
+GATES = [
+    {"metric": "evaluate.concise.exact_match", "min": 0.6, "min_delta": 0.1, "confidence": 0.95},
+    {"metric": "evaluate.sense.acc", "max_drop": 0.05},
+    {"metric": "evaluate.concise.exact_match", "min_delta": 0.05, "against": "y"},
+    {"metric": "prepare.dropped.empty", "max": 2},
+]
+INPUTS: dict[str, Any] = {
+    **{stage: f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate")},
+    "samples": "build/x/evaluate",
+    **{folder: f"build/x/{folder}" for folder in ("prepared", "adapter", "merged")},
+    "base_model": BASE,
+    "baseline": BASELINE,
+    "others": ["build/y/evaluate"],
+}
+EVALUATED = [f"{key}.{kind}" for key in KEYS.values() for kind in ("json", "jsonl")] + ["manifest.json"]
+CHECKPOINT = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+# Every file that a promotion of x rests on, but dvc.lock.
+FILES = [
+    *(f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate", "gate")),
+    *(f"build/x/prepared/{file}" for file in ("train.jsonl", "held_out.jsonl", "manifest.json")),
+    *(f"build/x/adapter/{file}" for file in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")),
+    *(f"build/x/merged/{file}" for file in [*CHECKPOINT, "chat_template.jinja"]),
+    *(f"build/x/evaluate/{file}" for file in EVALUATED),
+    *(f"{BASE}/{file}" for file in [*CHECKPOINT, "README.md"]),
+    *(f"{BASELINE}/{file}" for file in [*EVALUATED, "metrics.json"]),
+    *(f"build/y/evaluate/{file}" for file in EVALUATED),
+    "build/.resolved/x.json",
+]
+
+
+def gate(metric: str, **rules: Any) -> dict[str, Any]:
+    """A Gate as the resolved recipe holds it."""
+    empty = dict.fromkeys(("min", "max", "min_delta", "max_drop", "confidence"))
+    return {"metric": metric, **empty, "against": "base", **rules}
+
+
+def measurements() -> list[dict[str, Any]]:
+    asked = {"data": None, "files": [], "num_fewshot": None, "limit": None, "apply_chat_template": True}
+    return [
+        {"key": key, "task": f"recipes/{name}.yaml", "name": name, **asked, "fewshot_as_multiturn": False}
+        for name, key in KEYS.items()
+    ]
+
+
+def gate_settings(gates_: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    rules = [gate(**g) for g in GATES] if gates_ is None else gates_
+    return {"gates": rules, "measurements": measurements(), "others": {"y": "build/y/evaluate"}}
+
+
+def make(root: Path) -> None:
+    """Write the sources, commit them, and write what `dvc repro` would leave."""
+    for path, text in {
+        "recipes/x.yaml": "description: Answers in one word.\n",
+        "params.yaml": "seed: 42\n",
+        "prefbuild.lock.yaml": "version: 1\n",
+        "dvc.yaml": "stages: {}\n",
+        "pipelines/x/dvc.yaml": "stages: {}\n",
+        ".gitignore": "/build/*\n!/build/.resolved\n/registry\n",
+    }.items():
+        write(root / path, text)
+    checkpoint(root / BASE, seed=1)
+    write(root / BASE / "README.md", "---\nlicense: apache-2.0\n---\n# tiny\n")
+    write_manifest(root / BASE, stage="model", name="tiny-abc123", inputs={})
+    base = digest(root, BASE)
+    evaluate(root, BASELINE, model=base, who="base", stage="baseline", name="tiny-abc123")
+    evaluate(root, "build/y/evaluate", model="sha256:" + "1" * 64, who="y", stage="evaluate", name="y")
+
+    rows = [{"id": f"0:{i}", "prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(10)]
+    write(root / "build/x/prepared/train.jsonl", jsonl(rows[:8]))
+    write(root / "build/x/prepared/held_out.jsonl", jsonl(rows[8:]))
+    write_manifest(
+        root / "build/x/prepared", stage="prepare", name="x", inputs={"model": base, "data": {"d": "sha256:0"}}
+    )
+    dropped = dict.fromkeys(("broken", "filtered", "identical_pair", "duplicate", "special_token"), 0)
+    write_json(root / "build/x/prepare.json", {
+        "rows": {"in": 12, "out": 10, "train": 8, "held_out": 2},
+        "dropped": {**dropped, "empty": 1, "prompt_too_long": 1, "too_long": 0},
+        "truncated": {"chosen": 3, "rejected": 0}, "end_of_turn_lost": {"chosen": 0, "rejected": 0}, "boundary_differs": 0,
+    })  # fmt: skip
+
+    adapter = root / "build/x/adapter"
+    weights(adapter / "adapter_model.safetensors", seed=2)
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "tiny"})
+    write_manifest(
+        adapter, stage="train", name="x", inputs={"model": base, "prepared": digest(root, "build/x/prepared")}
+    )
+    write_json(root / "build/x/train.json", {
+        "loss": 0.5, "steps": 8, "rewards": {"margins": 1.25, "accuracies": 0.9}, "machine": {"cpu": "test", "torch": "2"},
+    })  # fmt: skip
+
+    checkpoint(root / "build/x/merged", seed=3)
+    write(root / "build/x/merged/chat_template.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    made_from = {"model": base, "adapter": digest(root, "build/x/adapter")}
+    write_manifest(root / "build/x/merged", stage="merge", name="x", inputs=made_from)
+    write_json(root / "build/x/merge.json", {"kl": 0.0001, "greedy_agreement": 1.0, "tolerance": {"max_kl": 0.01}})
+
+    merged = digest(root, "build/x/merged")
+    scores = evaluate(root, "build/x/evaluate", model=merged, who="x", stage="evaluate", name="x")
+    write_json(root / "build/x/evaluate.json", scores)
+    write(root / "build/x/lengths.csv", "tokens,rows\n")
+
+    resolve(root)
+    judge(root)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "a recipe")
+    lock(root)
+
+
+def resolve(root: Path, gates_: list[dict[str, Any]] | None = None, **target: Any) -> None:
+    """Write build/.resolved/, as the resolve stage does."""
+    promote = {"to": "directory", "path": "registry", "adapter": True, "merged": True, **target}
+    train = {"method": "dpo", "beta": 0.1, "loss_weights": None, "lora": {"r": 4, "target_modules": "all-linear"}}
+    resolved = {
+        "prepare": section({"model": BASE, "data": ["build/data/rows-0a0a0a"]}, data={"max_length": 64}, seed=42),
+        "train": section({}, train=train, seed=42, base={"name": "org/tiny"}),
+        "gate": section(INPUTS, **gate_settings(gates_)),
+        "promote": section(
+            {**INPUTS, "gate": "build/x/gate.json", "lengths": "build/x/lengths.csv"},
+            promote=promote, description="Answers in one word.",
+        ),
+    }  # fmt: skip
+    write_json(root / "build/.resolved/x.json", resolved)
+    for kind, node in (("models", "tiny-abc123"), ("data", "rows-0a0a0a")):
+        pins = section(
+            {}, source={"source": "file", "path": "tiny"}, files=[{"path": "f", "size": 1, "sha256": "0" * 64}]
+        )
+        write_json(root / "build/.resolved" / kind / f"{node}.json", {kind.removesuffix("s"): pins})
+
+
+def section(inputs: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"version": 1, "inputs": inputs, "outputs": {}, "settings": settings}
+
+
+def judge(root: Path) -> dict[str, Any]:
+    """What the gate stage does."""
+    gate_ = json.loads((root / "build/.resolved/x.json").read_text())["gate"]
+    verdict = gates.judge(gate_["settings"], gate_["inputs"], "x", root)
+    write_json(root / "build/x/gate.json", verdict)
+    return verdict
+
+
+def seal(root: Path, folder: str) -> None:
+    """Write a folder's manifest anew, as a worker, or a forger, would."""
+    manifest = json.loads((root / folder / "manifest.json").read_text())
+    write_manifest(root / folder, stage=manifest["stage"], name=manifest["name"], inputs=manifest["inputs"])
+
+
+def lock(root: Path) -> None:
+    """Write the dvc.lock files of the files as they are, in DVC's form. JSON is YAML."""
+    gate_ = json.loads((root / "build/.resolved/x.json").read_text())["gate"]
+    files = [f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate")]
+    stages = {Path(path).stem: {"cmd": "c", "outs": [out(root, path)]} for path in files}
+    params = {"build/.resolved/x.json": {"gate": gate_}}
+    stages["gate"] = {"cmd": "c", "params": params, "outs": [out(root, "build/x/gate.json")]}
+    write_json(root / "pipelines/x/dvc.lock", {"schema": "2.0", "stages": stages})
+    shared = {"resolve": {"cmd": "c", "outs": [out(root, "build/.resolved/x.json")]}}
+    write_json(root / "dvc.lock", {"schema": "2.0", "stages": shared})
+
+
+def out(root: Path, path: str) -> dict[str, Any]:
+    data = (root / path).read_bytes()
+    return {"path": path, "hash": "md5", "md5": hashlib.md5(data).hexdigest(), "size": len(data)}
+
+
+def evaluate(root: Path, folder: str, *, model: str, who: str, stage: str, name: str) -> dict[str, Any]:
+    """An evaluate folder, whose metrics are the means of its samples. Returns evaluate.json."""
+    rng = random.Random(who)
+    right = [1.0] * RIGHT[who] + [0.0] * (N - RIGHT[who])
+    rng.shuffle(right)
+    per_sample = {
+        "concise": [{"exact_match": r, "length": rng.uniform(1, 9)} for r in right],
+        "sense": [{"acc": float(i % 4 > 0), "acc@strict": float(i % 2)} for i in range(N)],
+    }
+    scores = {}
+    for task, key in KEYS.items():
+        samples = [
+            {
+                "doc_id": i,
+                "doc_hash": f"{task}{i:04d}",
+                "prompt": "p",
+                "target": "t",
+                "response": "r",
+                "metrics": metrics,
+            }
+            for i, metrics in enumerate(per_sample[task])
+        ]
+        means = {metric: sum(s["metrics"][metric] for s in samples) / N for metric in samples[0]["metrics"]}
+        scores[task] = {**means, **{f"{m}_stderr": 0.05 for m in means}, "corpus": 0.5, "n": N}
+        write(root / folder / f"{key}.jsonl", jsonl(samples))
+        write_json(root / folder / f"{key}.json", {
+            "key": key, "task": task, "model_digest": model, "task_digest": f"sha256:{task}", "measurement": {},
+            "metrics": {k: v for k, v in scores[task].items() if k != "n"}, "higher_is_better": dict.fromkeys(means, True),
+            "n": N, "versions": {"lm_eval": "0.4.13", "transformers": "5", "torch": "2"},
+        })  # fmt: skip
+    if stage == "baseline":
+        write_json(root / folder / "metrics.json", scores)
+    write_manifest(root / folder, stage=stage, name=name, inputs={"model": model, "tasks": {}})
+    return scores
+
+
+def checkpoint(folder: Path, seed: int) -> None:
+    weights(folder / "model.safetensors", seed)
+    write_json(folder / "config.json", {"model_type": "llama", "hidden_size": 8})
+    write_json(folder / "tokenizer.json", {"model": {"vocab": {"a": 0}}})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def weights(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"w": numpy.random.default_rng(seed).random((16, 16), numpy.float32)}, path, metadata={"format": "pt"})
+
+
+def digest(root: Path, folder: str) -> str:
+    return str(read_manifest(root / folder)["digest"])
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file in place; NaN and infinities are written as Python does."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(
+        json.dumps(value) if "NaN" in json.dumps(value) or "Infinity" in json.dumps(value) else canonical_json(value)
+    )
+
+
+def edit_lines(path: Path, change: Callable[[list[Any]], Any]) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows)
+    path.write_text(jsonl(rows))
+
+
+def jsonl(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def git(root: Path, *arguments: str) -> str:
+    who = {f"GIT_{role}_{key}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **who}).stdout

@@ -1,0 +1,260 @@
+"""The build with real DVC: what re-runs, what does not, and what happens when things die."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE, git, make_project, run
+
+pytestmark = pytest.mark.timeout(600)
+OF_A_RECIPE = {"prepare", "train", "merge", "evaluate", "gate"}
+
+
+def repro(project: Path, *arguments: str, code: int | None = 0) -> set[str]:
+    """Run plain `dvc repro`; returns the stages that ran: `resolve`, `report`, `train first`, `baseline`..."""
+    output = run(project, "dvc", "repro", *arguments, code=code, timeout=400)
+    return ran(output)
+
+
+def ran(output: str) -> set[str]:
+    stages = set()
+    for command in re.findall(r"^> prefbuild (.*)$", output, re.M):
+        words = command.split()
+        if words[0] == "resolve" or words[1] == "report":
+            stages.add(words[-1])
+        else:
+            stages.add(words[1] if words[1] in ("model", "data", "baseline") else f"{words[1]} {words[2]}")
+    return stages
+
+
+def edit(project: Path, name: str, old: str, new: str) -> None:
+    path = project / f"recipes/{name}.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def built(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose one recipe is built and committed."""
+    project = make_project(tmp_path_factory.mktemp("built") / "project", tiny_model)
+    stages = repro(project)
+    assert stages == {"resolve", "report", "model", "data", "baseline"} | {f"{s} first" for s in OF_A_RECIPE}
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "built")
+    return project
+
+
+@pytest.fixture
+def project(built: Path, tmp_path: Path) -> Path:
+    """A copy of the built project, cache and all."""
+    # DVC's cache holds hard links of the outputs; a plain copy keeps the bytes and loses the links, which is fine.
+    shutil.copytree(built, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def test_a_second_repro_runs_nothing(built: Path) -> None:
+    assert repro(built) == set()
+
+
+def test_weights_are_stored_once(built: Path) -> None:
+    merged = built / "build/first/merged/model.safetensors"
+    copies = [path for path in (built / ".dvc/cache").rglob("*") if path.is_file() and digest(path) == digest(merged)]
+    assert len(copies) == 1
+    assert copies[0].stat().st_ino == merged.stat().st_ino or os.statvfs(built).f_type != 0
+
+
+def test_evaluate_alone_reruns_evaluate_baseline_gate_report(project: Path) -> None:
+    edit(project, "first", "limit: 4", "limit: 5")
+    assert repro(project) == {"resolve", "evaluate first", "baseline", "gate first", "report"}
+
+
+def test_comments_and_written_out_defaults_rerun_resolve_alone(project: Path) -> None:
+    edit(project, "first", "  learning_rate: 1.0e-3", "  # a comment\n  beta: 0.1\n  learning_rate: 0.001")
+    assert repro(project) == {"resolve"}
+
+
+def test_params_yaml_reaches_just_the_stages_it_touches(project: Path) -> None:
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("batch_size: 16", "batch_size: 4"))
+    assert "train first" not in repro(project, "--dry")
+    assert repro(project) - {"report"} == {"resolve", "evaluate first", "baseline", "gate first"} - {"gate first"}
+
+
+def test_a_new_recipe_needs_sync_and_reruns_nothing_of_the_first(project: Path) -> None:
+    (project / "recipes/another.yaml").write_text(RECIPE.replace("1.0e-3", "2.0e-3"))
+    run(project, "prefbuild", "lock")
+    output = run(project, "dvc", "repro", code=None)
+    assert "the graph changed" in output
+    assert "run `prefbuild sync`" in output
+    run(project, "prefbuild", "sync")
+    stages = repro(project)
+    # The base is shared, so is its baseline.
+    assert stages == {"resolve", "report"} | {f"{stage} another" for stage in OF_A_RECIPE}
+
+
+def test_a_recipe_on_another_recipes_model_builds_after_it(project: Path) -> None:
+    (project / "recipes/child.yaml").write_text(
+        RECIPE.replace("source: file\n  path: models/tiny", "source: recipe\n  recipe: first")
+    )
+    run(project, "prefbuild", "lock")
+    run(project, "prefbuild", "sync")
+    stages = repro(project)
+    assert {f"{stage} child" for stage in OF_A_RECIPE} < stages
+    config = json.loads((project / "build/child/adapter/adapter_config.json").read_text())
+    manifest = json.loads((project / "build/first/merged/manifest.json").read_text())
+    assert config["revision"] == manifest["digest"]
+    edit(project, "first", "1.0e-3", "3.0e-3")
+    assert {"train first", "merge first", "train child", "merge child"} <= repro(project)
+
+
+def test_keep_going_builds_the_second_though_the_first_fails(project: Path) -> None:
+    # An optimizer of bitsandbytes' that needs a GPU makes the training of `first` fail for real.
+    edit(
+        project,
+        "first",
+        "  learning_rate: 1.0e-3",
+        "  learning_rate: 1.0e-3\n  optim: paged_adamw_8bit\n  precision: float32",
+    )
+    (project / "recipes/second.yaml").write_text(RECIPE.replace("1.0e-3", "2.0e-3"))
+    run(project, "prefbuild", "lock")
+    run(project, "prefbuild", "sync")
+    output = run(project, "dvc", "repro", "--keep-going", code=None, timeout=400)
+    assert {f"{stage} second" for stage in OF_A_RECIPE} <= ran(output)
+    assert (project / "build/second/gate.json").exists()
+    assert not (project / "build/first/adapter").exists()
+    visible = git(project, "status", "--porcelain", "--untracked-files=all")
+    assert "safetensors" not in visible
+    assert "build/" not in visible.replace("build/.resolved/", "")
+
+
+def test_a_second_clone_pulls_and_retrains_nothing(project: Path, tmp_path: Path) -> None:
+    run(project, "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
+    git(project, "commit", "-qam", "remote")
+    run(project, "dvc", "push", "--run-cache")
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    clone = tmp_path / "clone"
+    shutil.copytree(project / "models", clone / "models")
+    run(clone, "dvc", "pull", "--run-cache")
+    stages = repro(clone, "--pull")
+    assert not any(stage.startswith("train") for stage in stages), stages
+    assert digest(clone / "build/first/adapter/adapter_model.safetensors") == digest(
+        project / "build/first/adapter/adapter_model.safetensors"
+    )
+
+
+def processes(project: Path) -> list[str]:
+    """Workers running in a project."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                "prefbuild.worker" in (folder / "cmdline").read_text()
+                and (folder / "cwd").resolve() == project.resolve()
+            ):
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(project: Path) -> None:
+    edit(project, "first", "max_steps: 4", "max_steps: 60")
+    repro(project)
+    straight = digest(project / "build/first/adapter/adapter_model.safetensors")
+    straight_curve = (project / "build/first/live/plots/metrics/train/loss.tsv").read_text()
+
+    shutil.rmtree(project / ".dvc/cache/runs")
+    edit(project, "first", "max_steps: 60", "max_steps: 4")
+    repro(project)
+    shutil.rmtree(project / ".dvc/cache/runs")
+    edit(project, "first", "max_steps: 4", "max_steps: 60")
+    building = subprocess.Popen(["dvc", "repro"], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(project.glob("build/.work/train-first/*/checkpoint-*/manifest.json")))
+    for pid in processes(project):
+        os.kill(int(pid), signal.SIGKILL)
+    assert building.wait(60) != 0
+    assert list(project.glob("build/.work/train-first/*/checkpoint-*/manifest.json"))
+
+    output = run(project, "dvc", "repro", timeout=400)
+    assert "going on from checkpoint-" in output
+    assert digest(project / "build/first/adapter/adapter_model.safetensors") == straight
+    assert (project / "build/first/live/plots/metrics/train/loss.tsv").read_text() == straight_curve
+    assert not (project / "build/.work/train-first").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_no_child_outlives_its_dvc_repro(project: Path, signum: signal.Signals) -> None:
+    edit(project, "first", "max_steps: 4", "max_steps: 500")
+    building = subprocess.Popen(
+        ["dvc", "repro"], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(lambda: list(project.glob("build/.work/train-first/*/checkpoint-*")))
+    os.kill(building.pid, signum)
+    building.wait(30)
+    wait_for(lambda: not processes(project), seconds=15)
+
+
+def test_two_builds_never_write_the_same_outputs(project: Path) -> None:
+    edit(project, "first", "max_steps: 4", "max_steps: 500")
+    run(project, "prefbuild", "resolve")
+    first = subprocess.Popen(
+        ["prefbuild", "stage", "train", "first"], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: list(project.glob("build/.work/train-first/*/checkpoint-*")))
+    output = run(project, "prefbuild", "stage", "train", "first", code=7)
+    assert output == f"prefbuild: train first: is already running (process {first.pid}); wait for it or stop it\n"
+    first.terminate()
+    assert first.wait(30) == 130
+    wait_for(lambda: not processes(project), seconds=15)
+
+
+def test_metrics_params_and_plots_diff_between_commits(project: Path) -> None:
+    edit(project, "first", "max_steps: 4", "max_steps: 6")
+    repro(project)
+    metrics = json.loads(run(project, "dvc", "metrics", "diff", "HEAD", "--json"))
+    assert metrics["build/first/train.json"]["steps"] == {"old": 4, "new": 6, "diff": 2}
+    params = json.loads(run(project, "dvc", "params", "diff", "HEAD", "--json"))
+    assert params["build/.resolved/first.json"]["train.settings.train.max_steps"]["new"] == 6
+    assert params["recipes/first.yaml"]["train.max_steps"] == {"old": 4, "new": 6, "diff": 2}
+    shown = run(project, "dvc", "metrics", "show")
+    assert "build/first/evaluate.json" in shown
+    assert "build/first/prepare.json" in shown
+    run(project, "dvc", "plots", "diff", "HEAD", "-o", "plots")
+    page = (project / "plots/index.html").read_text()
+    assert "lengths.csv" in page
+    assert "loss.tsv" in page
+
+
+def test_dvc_exp_run_sets_a_value_of_a_recipe(project: Path) -> None:
+    output = run(project, "dvc", "exp", "run", "-S", "recipes/first.yaml:train.beta=0.3", timeout=400)
+    assert {"resolve", "train first"} <= ran(output)
+    assert json.loads((project / "build/.resolved/first.json").read_text())["train"]["settings"]["train"]["beta"] == 0.3
+
+
+def test_no_stage_but_fetch_reaches_the_network(built: Path, tmp_path: Path) -> None:
+    """The worker refuses addresses outside this machine, and the whole build passed with the hub libraries offline."""
+    code = (
+        "import socket, prefbuild.worker as w; w.refuse_network('train'); "
+        "socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    )
+    output = run(tmp_path, "python", "-c", code, code=1)
+    assert "stage train tried to reach 192.0.2.1: only fetching may use the network" in output
