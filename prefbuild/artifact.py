@@ -83,7 +83,9 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
             if stat.S_ISDIR(mode):
                 continue
             if not stat.S_ISREG(mode) or mode & (stat.S_ISUID | stat.S_ISGID):
-                raise StageError(f"{path}: an artifact holds plain files and folders only, this is {stat.filemode(mode)}")
+                raise StageError(
+                    f"{path}: an artifact holds plain files and folders only, this is {stat.filemode(mode)}"
+                )
             relative = path.relative_to(folder).as_posix()
             if relative != MANIFEST:
                 files[relative] = {"size": path.stat().st_size, "sha256": sha256_file(path)}

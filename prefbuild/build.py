@@ -49,7 +49,9 @@ def gates(root: Path, names: list[str]) -> int:
     failed = print_verdicts(names)
     old = sorted({change.name for change in status(root, names)} & set(names))
     if old:
-        raise GateFailed(f"{', '.join(old)}: changed since the verdict; `prefbuild status` says what, `prefbuild build` judges again")
+        raise GateFailed(
+            f"{', '.join(old)}: changed since the verdict; `prefbuild status` says what, `prefbuild build` judges again"
+        )
     if failed:
         raise GateFailed(f"{', '.join(failed)}: not every gate passed")
     return 0

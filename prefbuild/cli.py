@@ -60,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("new", _new, "start a recipe, and a project where there is none", "prefbuild new my-model --like smollm2-concise")
+    sub = command(
+        "new",
+        _new,
+        "start a recipe, and a project where there is none",
+        "prefbuild new my-model --like smollm2-concise",
+    )
     sub.add_argument("name", help="the recipe's name: lower-case letters, digits, - and _")
     sub.add_argument("--like", metavar="RECIPE", help="copy this recipe")
 
@@ -72,29 +77,50 @@ def parser() -> argparse.ArgumentParser:
     sub = command("sync", _sync, "write the DVC files the recipes ask for", "prefbuild sync --check")
     sub.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
 
-    sub = command("status", _status, "what a build would run, and the value that changed", "prefbuild status smollm2-concise")
+    sub = command(
+        "status", _status, "what a build would run, and the value that changed", "prefbuild status smollm2-concise"
+    )
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = command("preview", _preview, "show rows as the model will see them, and what was dropped", "prefbuild preview smollm2-concise -n 5")
+    sub = command(
+        "preview",
+        _preview,
+        "show rows as the model will see them, and what was dropped",
+        "prefbuild preview smollm2-concise -n 5",
+    )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument("-n", "--num-rows", type=int, default=3, help="rows to show (default: 3)")
 
-    sub = command("build", _build, "sync, dvc repro, and the verdict; fails when a gate does", "prefbuild build smollm2-concise --pull")
+    sub = command(
+        "build",
+        _build,
+        "sync, dvc repro, and the verdict; fails when a gate does",
+        "prefbuild build smollm2-concise --pull",
+    )
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all, and the report")
     sub.add_argument("-k", "--keep-going", action="store_true", help="build the other recipes when one fails")
-    sub.add_argument("--pull", action="store_true", help="fetch results from the DVC remote instead of making them again")
+    sub.add_argument(
+        "--pull", action="store_true", help="fetch results from the DVC remote instead of making them again"
+    )
 
     sub = command("gates", _gates, "print verdicts; fails when a gate does", "prefbuild gates smollm2-concise")
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
 
-    sub = command("diff", _diff, "settings, data and metrics of two revisions or recipes, side by side", "prefbuild diff HEAD~1 HEAD --recipe smollm2-concise")
+    sub = command(
+        "diff",
+        _diff,
+        "settings, data and metrics of two revisions or recipes, side by side",
+        "prefbuild diff HEAD~1 HEAD --recipe smollm2-concise",
+    )
     sub.add_argument("a", metavar="A", help="a recipe or a git revision")
     sub.add_argument("b", metavar="B", nargs="?", help="the other; default: the files as they are")
     sub.add_argument("--recipe", metavar="NAME", help="only this recipe, between revisions")
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = command("generate", _generate, "ask a built model", 'prefbuild generate smollm2-concise "What is the capital of Peru?"')
+    sub = command(
+        "generate", _generate, "ask a built model", 'prefbuild generate smollm2-concise "What is the capital of Peru?"'
+    )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument("prompt", help="what the user says")
     sub.add_argument("--system", help="a system message")
@@ -102,19 +128,30 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
-    sub = command("promote", _promote, "publish exactly the model that passed its gates", "prefbuild promote smollm2-concise")
+    sub = command(
+        "promote", _promote, "publish exactly the model that passed its gates", "prefbuild promote smollm2-concise"
+    )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument("--allow-dirty", action="store_true", help="publish though sources are not committed; recorded")
 
     sub = command("doctor", _doctor, "what this machine lacks for a recipe", "prefbuild doctor smollm2-concise")
     sub.add_argument("name", metavar="NAME", help="the recipe")
 
-    command("schema", _schema, "print the JSON Schema of recipes, for editors", "prefbuild schema > recipes/recipe.schema.json")
+    command(
+        "schema",
+        _schema,
+        "print the JSON Schema of recipes, for editors",
+        "prefbuild schema > recipes/recipe.schema.json",
+    )
     command("resolve", _resolve, "write the resolved recipes (a DVC stage)", "prefbuild resolve")
 
     sub = command("stage", _stage, "run one stage (what DVC calls)", "prefbuild stage train smollm2-concise")
-    sub.add_argument("stage", metavar="STAGE", help="model, data, prepare, train, merge, evaluate, baseline, gate or report")
-    sub.add_argument("name", metavar="NAME", nargs="?", default="report", help="the recipe, or the shared model, data or baseline")
+    sub.add_argument(
+        "stage", metavar="STAGE", help="model, data, prepare, train, merge, evaluate, baseline, gate or report"
+    )
+    sub.add_argument(
+        "name", metavar="NAME", nargs="?", default="report", help="the recipe, or the shared model, data or baseline"
+    )
     return top
 
 

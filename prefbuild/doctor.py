@@ -134,7 +134,9 @@ def git(root: Path) -> Finding:
         return Finding(what="git", state="missing", found="not on PATH", needed="git", fix="install git")
     version = _output(["git", "--version"]).removeprefix("git version ")
     if _output(["git", "-C", str(root), "rev-parse", "--is-inside-work-tree"]) != "true":
-        return Finding(what="git", state="missing", found=f"{version}; the project is in no repository", fix="run `git init`")
+        return Finding(
+            what="git", state="missing", found=f"{version}; the project is in no repository", fix="run `git init`"
+        )
     return Finding(what="git", state="ok", found=version)
 
 
@@ -151,7 +153,9 @@ def dvc(root: Path) -> list[Finding]:
         if shutil.which(command) is None:
             fix = "activate the environment it is installed in (`prefbuild build` finds it by itself, `dvc repro` does not)"
             findings.append(
-                Finding(what=f"`{command}`", state="warning", found="not on PATH", needed="for plain `dvc repro`", fix=fix)
+                Finding(
+                    what=f"`{command}`", state="warning", found="not on PATH", needed="for plain `dvc repro`", fix=fix
+                )
             )
     return findings
 
@@ -164,7 +168,9 @@ def packages(requirements: list[str] | None = None) -> list[Finding]:
         try:
             requirements = importlib.metadata.requires("prefbuild") or []
         except importlib.metadata.PackageNotFoundError:
-            return [Finding(what="packages", state="ok", found="not compared: prefbuild runs from a folder, not installed")]
+            return [
+                Finding(what="packages", state="ok", found="not compared: prefbuild runs from a folder, not installed")
+            ]
     wanted = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
     findings = []
     for requirement in wanted:
@@ -173,7 +179,9 @@ def packages(requirements: list[str] | None = None) -> list[Finding]:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(what=requirement.name, state="missing", found="not installed", needed=needed, fix=fix))
+            findings.append(
+                Finding(what=requirement.name, state="missing", found="not installed", needed=needed, fix=fix)
+            )
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             findings.append(Finding(what=requirement.name, state="missing", found=version, needed=needed, fix=fix))
@@ -188,7 +196,13 @@ def lock(project: Project, name: str) -> Finding:
     """Everything the recipe refers to pinned, and local files as they were pinned."""
     problems = lock_problems(project, name)
     if problems:
-        return Finding(what="lock", state="missing", found=problems[0], needed="pins", fix="\n".join(problems[1:]) or f"prefbuild lock {name}")
+        return Finding(
+            what="lock",
+            state="missing",
+            found=problems[0],
+            needed="pins",
+            fix="\n".join(problems[1:]) or f"prefbuild lock {name}",
+        )
     return Finding(what="lock", state="ok", found="everything is pinned")
 
 
@@ -270,7 +284,9 @@ def temporary(need: int = 1_000_000_000) -> Finding:
 def _space_finding(what: str, folder: Path, need: int, needed: str) -> Finding:
     free = shutil.disk_usage(folder).free
     state = "missing" if free < need else "warning" if free < 1.2 * need else "ok"
-    fix = "" if state == "ok" else f"free {_gigabytes(need * 1.2 - free)} in {folder} (`dvc gc -w -T` drops old results)"
+    fix = (
+        "" if state == "ok" else f"free {_gigabytes(need * 1.2 - free)} in {folder} (`dvc gc -w -T` drops old results)"
+    )
     if what == "temporary files" and fix:
         fix = f"free space in {folder}, or set TMPDIR to a folder with more"
     return Finding(what=what, state=state, found=f"{_gigabytes(free)} free", needed=needed, fix=fix)
@@ -300,7 +316,10 @@ def _link_works(kind: str, folder: Path, cache: Path) -> bool:
     from dvc_objects.fs import system
 
     make: Any = {"reflink": system.reflink, "hardlink": system.hardlink, "symlink": system.symlink}[kind]
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".doctor-") as there, tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as here:
+    with (
+        tempfile.TemporaryDirectory(dir=cache, prefix=".doctor-") as there,
+        tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as here,
+    ):
         original, link = Path(there, "original"), Path(here, "link")
         original.write_bytes(b"x" * 4096)
         try:
@@ -365,12 +384,18 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> list[Finding]:
             findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
         else:
             fix = "install a torch with CUDA that suits the driver (pytorch.org, Get started)"
-            findings.append(Finding(what="processor", state="warning", found=f"{gpus[0].name}, but torch does not see it", fix=fix))
+            findings.append(
+                Finding(what="processor", state="warning", found=f"{gpus[0].name}, but torch does not see it", fix=fix)
+            )
     else:
         findings.append(_cpu_finding(recipe, shape))
     if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
         fix = "set train.optim: adamw_torch; a LoRA adapter's optimizer state is small anyway"
-        findings.append(Finding(what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix))
+        findings.append(
+            Finding(
+                what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
+            )
+        )
     return findings
 
 
@@ -379,10 +404,18 @@ def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
     kind = f"CPU, {os.cpu_count()} cores, {'bf16 by ' + min(bf16) if bf16 else 'no bf16 instructions'}; no GPU"
     if recipe.train.precision == "bf16" and not bf16:
         fix = "set train.precision: auto, which takes float32 here"
-        return Finding(what="processor", state="warning", found=kind, needed="bf16, which is emulated and slow", fix=fix)
+        return Finding(
+            what="processor", state="warning", found=kind, needed="bf16, which is emulated and slow", fix=fix
+        )
     if shape.num_parameters > 1_500_000_000:
         fix = "use a machine with a GPU; on a CPU a model of this size takes minutes a step"
-        return Finding(what="processor", state="warning", found=kind, needed=f"a GPU for {shape.num_parameters / 1e9:.1f} billion weights", fix=fix)
+        return Finding(
+            what="processor",
+            state="warning",
+            found=kind,
+            needed=f"a GPU for {shape.num_parameters / 1e9:.1f} billion weights",
+            fix=fix,
+        )
     return Finding(what="processor", state="ok", found=kind)
 
 
@@ -400,7 +433,9 @@ def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
     if state == "missing":
         fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
     needed = f"up to {_gigabytes(need)} when every row is {recipe.data.max_length} tokens, roughly; {shape.source}"
-    return Finding(what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix)
+    return Finding(
+        what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix
+    )
 
 
 def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
@@ -557,7 +592,9 @@ def docker() -> Finding:
     try:
         version = _docker_version(host)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return Finding(what="Docker", state="ok", found=f"no daemon at {host} ({error}); not needed, stages run without it")
+        return Finding(
+            what="Docker", state="ok", found=f"no daemon at {host} ({error}); not needed, stages run without it"
+        )
     return Finding(what="Docker", state="ok", found=f"{version} at {host}")
 
 

@@ -63,7 +63,9 @@ def read_section(stage: str, name: str) -> Section:
 def make_job(stage: str, name: str) -> Job:
     """The job of a stage. The project's root is the working directory."""
     section = read_section(stage, name)
-    inputs = [Path(path) for value in section["inputs"].values() for path in (value if isinstance(value, list) else [value])]
+    inputs = [
+        Path(path) for value in section["inputs"].values() for path in (value if isinstance(value, list) else [value])
+    ]
     missing = [str(path) for path in inputs if not path.exists()]
     if missing:
         raise StageError(f"{stage} {name}: {', '.join(missing)} missing; `dvc repro` builds what a stage needs")

@@ -54,8 +54,8 @@ def load_task(measurement: Measurement, work: Path) -> Any:
         )
     if config.get("unsafe_code"):
         raise StageError(f"{task}: runs code that the model writes (unsafe_code), which no stage does; leave it out")
-    _use_local_data(config, path.resolve().parent, measurement)
-    _set_num_fewshot(config, measurement)
+    missing = _use_local_data(config, path.resolve().parent, measurement)
+    _set_num_fewshot(config, measurement, missing)
     config["dataset_kwargs"]["cache_dir"] = str(work.resolve() / "datasets")
     return TaskManager(include_defaults=False).load([config])["tasks"][measurement["name"]]
 
@@ -87,7 +87,8 @@ def task_digest(measurement: Measurement) -> str:
     return digest_of(asked)
 
 
-def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measurement) -> None:
+def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measurement) -> str | None:
+    """Point a task's splits at files. Returns the split its few-shot examples come from when no file stands in for it."""
     data = measurement["data"]
     if data is None:
         files = (config.get("dataset_kwargs") or {}).get("data_files")
@@ -103,7 +104,7 @@ def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measureme
             for split, names in splits.items()
         }
         config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": absolute}
-        return
+        return None
 
     stands_in = {}
     for split, file in data.items():
@@ -121,8 +122,11 @@ def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measureme
             f"{measurement['task']}: data must be files of one kind, of {', '.join(BUILDERS)}; "
             f"got {', '.join(sorted(suffixes))}"
         )
-    examples = config.get("fewshot_split") or config.get("training_split")
-    config["examples_missing"] = examples if examples and examples not in stands_in else None
+    fewshot = dict(config.get("fewshot_config") or {})
+    examples = fewshot.get("split") or config.get("fewshot_split") or config.get("training_split")
+    if fewshot.get("split") not in stands_in:
+        fewshot.pop("split", None)
+    config["fewshot_config"] = fewshot or None
     for key in (*SPLITS.values(), "fewshot_split"):
         if config.get(key) not in stands_in:
             config[key] = None
@@ -132,10 +136,10 @@ def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measureme
     config["dataset_name"] = None
     config["dataset_kwargs"] = {"data_files": stands_in}
     config.pop("custom_dataset", None)
+    return None if examples in stands_in or fewshot.get("samples") else examples
 
 
-def _set_num_fewshot(config: dict[str, Any], measurement: Measurement) -> None:
-    missing = config.pop("examples_missing", None)
+def _set_num_fewshot(config: dict[str, Any], measurement: Measurement, missing: str | None) -> None:
     asked, own = measurement["num_fewshot"], config.get("num_fewshot")
     if asked is not None:
         # Such a task has its examples in its text; lm-eval would drop the setting without a word.

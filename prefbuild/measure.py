@@ -144,7 +144,8 @@ def keep(kept: Path, result: dict[str, Any], lines: list[dict[str, Any]]) -> Non
     key = result["key"]
     try:
         write_json(folder / f"{key}.json", result)
-        rows = [json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for line in lines]
+        # In ASCII, because an answer may hold characters that some readers take for the end of a line.
+        rows = [json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines]
         write_atomic(folder / f"{key}.jsonl", "".join(rows))
         write_manifest(folder, stage="evaluate", name=key, inputs={"model": result["model_digest"]})
         folder.chmod(0o755)

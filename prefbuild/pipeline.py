@@ -125,7 +125,9 @@ def check_synced(project: Project) -> None:
     """GraphError when the DVC files are not what the recipes ask for."""
     stale = sync(project, check=True)
     if stale:
-        raise GraphError(f"the graph changed: {', '.join(stale)} out of date; run `prefbuild sync` (or `prefbuild build`)")
+        raise GraphError(
+            f"the graph changed: {', '.join(stale)} out of date; run `prefbuild sync` (or `prefbuild build`)"
+        )
 
 
 def _tasks_elsewhere(project: Project) -> list[str]:

@@ -143,7 +143,7 @@ class Filter(Strict):
         if self.in_ is None and self.not_in is None and self.min is None and self.max is None:
             raise _Wrong("column", "keeps every row; give in, not_in, min or max")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max)}), which drops every row; swap them")
+            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), which drops every row; swap them")
         return self
 
 
@@ -352,7 +352,7 @@ class Gate(Strict):
         if self.min is None and self.max is None and self.min_delta is None and self.max_drop is None:
             raise _Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max)}), so nothing passes; swap them")
+            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), so nothing passes; swap them")
         compares = "min_delta" if self.min_delta is not None else "max_drop" if self.max_drop is not None else None
         if compares is None and "against" in self.model_fields_set:
             raise _Wrong("against", "says nothing without min_delta or max_drop; give one of them")
@@ -621,6 +621,7 @@ OTHER_KEYS = {
     "val_size": "data.held_out",
     "validation_split": "data.held_out",
     "deduplicate": "data.drop_duplicates",
+    "dedup": "data.drop_duplicates",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "cutoff_len": "data.max_length",
@@ -732,8 +733,8 @@ NOT_HERE = {
     "hub_model_id": _HUB,
     "deepspeed": "training on several devices does not exist here yet; remove it",
     "fsdp": "training on several devices does not exist here yet; remove it",
-    "gpus": "what runs a recipe is said on the command line; remove it",
-    "runner": "what runs a recipe is said on the command line; remove it",
+    "gpus": "a recipe does not say where it runs; remove it",
+    "runner": "a recipe does not say where it runs; remove it",
     "eval_steps": "the held-out rows are measured at the end; remove it",
     "eval_strategy": "the held-out rows are measured at the end; remove it",
     "save_strategy": "checkpoints are kept every save_steps; remove it",
@@ -881,7 +882,7 @@ def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
             sign = next(sign for sign in words if sign in context)
-            return loc, f"is {show(value)}; {words[sign]} {show(context[sign])} is wanted"
+            return loc, f"is {show(value)}; {words[sign]} {show(context[sign]).removesuffix('.0')} is wanted"
         case "too_short":
             return loc, "is an empty list; at least one item is wanted"
         case "string_pattern_mismatch" if field:

@@ -266,7 +266,15 @@ def _recipe_sections(
 
 def _report_section(project: Project) -> Section:
     names = list(project.recipes)
-    files = ("gate.json", "prepare.json", "train.json", "merge.json", "evaluate.json", "lengths.csv", "live/plots/metrics")
+    files = (
+        "gate.json",
+        "prepare.json",
+        "train.json",
+        "merge.json",
+        "evaluate.json",
+        "lengths.csv",
+        "live/plots/metrics",
+    )
     return _section(
         "report",
         inputs={name: [f"build/{name}/{file}" for file in files] for name in names}

@@ -103,10 +103,16 @@ def status_text(changes: list[Change], *, color: bool | None = None) -> str:
     groups: dict[str, list[Change]] = {"": [], **{name: [] for name in sorted(names)}}
     for change in changes:
         groups[change.name if change.name in names else ""].append(change)
-    width = max(len(_label(change)) for change in changes if change.stage != "sync") if len(changes) > 1 or not _sync_only(changes) else 0
+    width = (
+        max(len(_label(change)) for change in changes if change.stage != "sync")
+        if len(changes) > 1 or not _sync_only(changes)
+        else 0
+    )
     for title, group in groups.items():
         rows = [change for change in group if change.stage != "sync"]
-        lines += [_painted(reason, "31", color) for change in group if change.stage == "sync" for reason in change.reasons]
+        lines += [
+            _painted(reason, "31", color) for change in group if change.stage == "sync" for reason in change.reasons
+        ]
         if rows:
             lines += ["", title or "shared"] if lines else [title or "shared"]
         for change in rows:

@@ -86,17 +86,16 @@ def printable(text: str) -> str:
 
 
 def looks_secret(text: str) -> bool:
-    """Whether text holds what could be an access token: a known prefix, or a long run of mixed letters and digits."""
-    if re.search(r"(?i)(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)[a-z0-9_-]{8}", text):
+    """Whether text holds what could be an access token: a known prefix, or a long run of letters and digits.
+
+    Hex of 64 digits is none: that is what a sha256 looks like.
+    """
+    if re.search(r"(?i)(?<![a-z0-9])(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)[a-z0-9_-]{8}", text):
         return True
-    for run in re.findall(r"[A-Za-z0-9+=_-]{20,}|[A-Za-z0-9+/=_-]{32,}", text):
-        if (
-            re.search("[0-9]", run)
-            and re.search("[A-Za-z]", run)
-            and not re.fullmatch("[a-z0-9]{1,12}([_/-][a-z0-9]{1,12})+", run)
-        ):
-            return True
-    return False
+    runs = re.findall(r"[A-Za-z0-9+]{16,}", text)
+    return any(
+        re.search("[0-9]", run) and re.search("[A-Za-z]", run) and not re.fullmatch("[0-9a-f]{64}", run) for run in runs
+    )
 
 
 # ---- in
@@ -170,6 +169,7 @@ class _Reader:
         self.problems: list[str] = []
         self.lines: dict[Loc, int] = {(): 1}
         self.depth = 0
+        self.open: list[tuple[int, str]] = []  # line and sign of the brackets around what is being read
 
     def _character(self, mark: "yaml.Mark | None") -> str:
         return printable(self.text[mark.index : mark.index + 1]) if mark else ""
@@ -234,7 +234,11 @@ class _Reader:
         if self.depth > MAX_DEPTH:
             self.problem(line, (), f"is nested more than {MAX_DEPTH} deep; no key is")
             raise _TooDeep
+        if event.flow_style:
+            self.open.append((line, "{" if isinstance(event, yaml.MappingStartEvent) else "["))
         value = (self._mapping if isinstance(event, yaml.MappingStartEvent) else self._sequence)(events, loc)
+        if event.flow_style:
+            self.open.pop()
         self.depth -= 1
         return value
 
@@ -302,6 +306,9 @@ class _Reader:
             says = "a ':' where none may be; check the indentation, or put the text in quotes"
         elif "end of stream" in what and "quoted scalar" in context:
             line, says = opened, "a quote that is not closed; close it"
+        elif found and found[1] == "<stream end>" and self.open:
+            line, sign = self.open[-1]
+            says = f"a '{sign}' that is not closed; close it"
         elif "unknown escape character" in what:
             says = "a backslash in double quotes that YAML does not know; use single quotes"
         elif "scanning an" in context or (found and ("cannot start" in what or "node content" in what)):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, git, make_project, run
+from project import RECIPE, git, make_project, run
 
 pytestmark = pytest.mark.timeout(600)
 OF_A_RECIPE = {"prepare", "train", "merge", "evaluate", "gate"}

@@ -95,16 +95,10 @@ def _scores(root: Path, resolved: dict[str, Any], metrics: dict[str, Any]) -> li
 
 
 def _with_stderr(metrics: dict[str, Any], metric: str) -> str:
-    value, stderr = metrics.get(metric), metrics.get(f"{metric}_stderr", metrics.get(_filtered_stderr(metric)))
+    value, stderr = metrics.get(metric), metrics.get(f"{metric}_stderr")
     if not isinstance(value, int | float):
         return ""
     return number(value) + (f" ± {stderr:.2g}" if isinstance(stderr, int | float) else "")
-
-
-def _filtered_stderr(metric: str) -> str:
-    # exact_match@strict has its error under exact_match_stderr@strict
-    name, at, filtered = metric.partition("@")
-    return f"{name}_stderr{at}{filtered}"
 
 
 def _rows(prepare: dict[str, Any]) -> list[tuple[str, Any]]:

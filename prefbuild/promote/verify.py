@@ -1,29 +1,42 @@
 """Is what would be published what passed its gates? Every byte is hashed again, and the verdict judged again.
 
-In this order, so that the file named is the one that differs: the resolved recipe, gate.json and the metrics against
-what DVC recorded, everything judged against gate.json, folders against their manifests, and last the verdict itself.
+In this order, so that the file named is the one that differs: the resolved recipe against the recipe, gate.json and
+the metrics against what DVC recorded, everything judged against gate.json, folders against their manifests, and last
+the verdict itself.
 """
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, read_json, sha256_file, verify_artifact
-from prefbuild.errors import PromotionRefused, StageError, UsageError
+from prefbuild.errors import PromotionRefused, StageError
 from prefbuild.gates import FOLDERS, METRICS, judge
+from prefbuild.pipeline import RECIPE_STAGES
+from prefbuild.recipe import known_recipes
+from prefbuild.resolve import load_project, resolve, resolved_path
 
 
 def read_resolved(root: Path, name: str) -> dict[str, Any]:
-    """The resolved recipe. UsageError when there is none, PromotionRefused when it is not to be promoted."""
-    path = f"build/.resolved/{name}.json"
-    if not (root / path).exists():
-        raise UsageError(f"{path}: is missing: there is no recipe {name}, or it was not built; run `dvc repro`")
-    _check_md5(root, path, _recorded_outs(root, "dvc.lock").get(path), "dvc.lock")
-    resolved: dict[str, Any] = read_json(root / path)
-    if "promote" not in resolved:
+    """The resolved recipe, when it is what recipe, params.yaml and lock say now.
+
+    UsageError when there is no such recipe, PromotionRefused when it is not to be promoted or changed since it was built.
+    """
+    project = load_project(root)
+    known_recipes([name], project.recipes)
+    if project.recipes[name].promote is None:
         raise PromotionRefused(f"recipes/{name}.yaml: has no `promote:`, which says where to publish")
-    return resolved
+    resolved = resolve(replace(project, recipes={name: project.recipes[name]}))
+    for path, sections in resolved.items():
+        if Path(path).stem == "report" or "baselines" in Path(path).parts:
+            continue  # these are of all recipes together
+        if not (root / path).exists():
+            raise PromotionRefused(f"{path}: is missing: {name} was not built; run `dvc repro`")
+        if (root / path).read_bytes() != canonical_json(sections).encode():
+            raise PromotionRefused(f"{path}: is not what recipes/{name}.yaml asks for now; run `dvc repro`")
+    return resolved[resolved_path("promote", name)]
 
 
 def verified_gate(root: Path, name: str, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -75,20 +88,19 @@ def _check_digest(root: Path, path: str, judged: Any, gate: str) -> None:
 
 
 def _check_recorded(root: Path, name: str, resolved: dict[str, Any]) -> None:
-    """The verdict, the metrics and the gates' settings are those of DVC's last run."""
+    """The verdict and the metrics are those of DVC's last run, which ran with the settings resolved now."""
     inputs = resolved["promote"]["inputs"]
-    own = f"pipelines/{name}/dvc.lock"
-    recorded = _recorded_outs(root, own)
+    lock = f"pipelines/{name}/dvc.lock"
+    stages = _read_lock(root, lock)
+    recorded = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     for path in [inputs["gate"], *(inputs[stage] for stage in METRICS)]:
-        _check_md5(root, path, recorded.get(path), own)
-    file = f"build/.resolved/{name}.json"
-    stages = _read_lock(root, own)
-    settings = ((stages.get("gate") or {}).get("params") or {}).get(file)
-    settings = (settings or {}).get("gate")
-    if settings is None:
-        raise PromotionRefused(f"{own}: does not record the gates of {file}; run `dvc repro`")
-    if json.dumps(settings, sort_keys=True) != json.dumps(resolved["gate"], sort_keys=True):
-        raise PromotionRefused(f"{file}: its gates are not those {own} records; run `dvc repro`")
+        _check_md5(root, path, recorded.get(path), lock)
+    file = resolved_path("promote", name)
+    for stage in RECIPE_STAGES:
+        params = (stages.get(stage) or {}).get("params") or {}
+        section = (params.get(file) or {}).get(stage)
+        if json.dumps(section, sort_keys=True) != json.dumps(resolved[stage], sort_keys=True):
+            raise PromotionRefused(f"{file}: {stage} is not what {lock} says was run; run `dvc repro`")
 
 
 def _check_md5(root: Path, path: str, recorded: str | None, lock: str) -> None:
@@ -101,12 +113,6 @@ def _check_md5(root: Path, path: str, recorded: str | None, lock: str) -> None:
         raise PromotionRefused(f"{path}: is missing; run `dvc repro`") from None
     if found != recorded:
         raise PromotionRefused(f"{path}: md5 is {found}, {lock} records {recorded}; run `dvc repro`")
-
-
-def _recorded_outs(root: Path, lock: str) -> dict[str, str]:
-    """md5 of every output in a dvc.lock, by path."""
-    stages = _read_lock(root, lock).values()
-    return {out["path"]: out.get("md5") for stage in stages for out in stage.get("outs", [])}
 
 
 def _read_lock(root: Path, lock: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Put what a build made on one HTML page.
 
-Covered: everything shown is escaped, nothing is loaded from elsewhere, and there are no scripts. Not covered: reading the
-files, which is the stage's.
+Covered: everything shown is escaped, nothing is loaded from elsewhere, and there are no scripts. Not covered: reading
+the files, which is the stage's.
 """
 
 import math
@@ -51,7 +51,11 @@ def render(builds: list[Built]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "number": number,
@@ -67,14 +71,16 @@ def view(built: Built) -> dict[str, Any]:
     """A recipe as the template shows it: texts, numbers and pictures."""
     metrics = [row for measured in built.measured for row in metric_rows(measured, _title(measured, built.measured))]
     judged = {rule["metric"] for rule in built.gate["rules"]}
+    firsts = [
+        row for place, row in enumerate(metrics) if row["task"] not in {other["task"] for other in metrics[:place]}
+    ]
     return {
         "built": built,
         "passed": built.gate["passed"] is True,
         "holding": sum(rule["passed"] is True for rule in built.gate["rules"]),
         "metrics": metrics,
         # What the gates judge, or where they judge nothing that is measured, each task's first metric.
-        "headlines": [row for row in metrics if f"evaluate.{row['task']}.{row['metric']}" in judged]
-        or [row for number, row in enumerate(metrics) if row["task"] not in {other["task"] for other in metrics[:number]}],
+        "headlines": [row for row in metrics if f"evaluate.{row['task']}.{row['metric']}" in judged] or firsts,
         "curves": curve_pictures(built.curves),
         "rows": row_accounting(built.prepare),
         "lengths": _markup(pictures.histogram("Rows by length in tokens", built.lengths, "tokens")),
@@ -110,7 +116,11 @@ def metric_rows(measured: Measured, task: str) -> list[dict[str, Any]]:
                 "change": change,
                 "change_stderr": error,
                 "better_if": {True: "higher is better", False: "lower is better", None: ""}[better_if],
-                "verdict": "" if better_if is None or change == 0 else "better" if (change > 0) == better_if else "worse",
+                "verdict": ""
+                if better_if is None or change == 0
+                else "better"
+                if (change > 0) == better_if
+                else "worse",
                 "noise": p_value is not None and p_value > 1 - SURE,
                 "says": "" if p_value is None else significance(p_value),
                 "picture": _markup(
@@ -162,14 +172,19 @@ def row_accounting(prepare: dict[str, Any]) -> dict[str, Any]:
     """Every row that came in: trained on, held out, or dropped for a reason."""
     rows, dropped = prepare["rows"], prepare["dropped"]
     parts = [("train", "to train on", rows["train"]), ("held", "held out", rows["held_out"])]
-    parts += [(f"drop{place % 8}", reason.replace("_", " "), count) for place, (reason, count) in enumerate(sorted(dropped.items()))]
+    parts += [
+        (f"drop{place % 8}", reason.replace("_", " "), count)
+        for place, (reason, count) in enumerate(sorted(dropped.items()))
+    ]
     says = ", ".join(f"{count:,} {label}" for _, label, count in parts if count)
     return {
         "in": rows["in"],
         "out": rows["out"],
         "dropped": sum(dropped.values()),
         "parts": [{"kind": kind, "label": label, "count": count} for kind, label, count in parts],
-        "picture": _markup(pictures.stacked_bar(f"{rows['in']:,} rows in: {says}", [(kind, count) for kind, _, count in parts])),
+        "picture": _markup(
+            pictures.stacked_bar(f"{rows['in']:,} rows in: {says}", [(kind, count) for kind, _, count in parts])
+        ),
         "truncated": prepare["truncated"],
         "end_of_turn_lost": prepare["end_of_turn_lost"],
         "boundary_differs": prepare["boundary_differs"],
@@ -250,7 +265,9 @@ def significance(p_value: float) -> str:
 
 def as_text(value: Any) -> str:
     """A prompt, target or response, which a task may also keep as a list or a number."""
-    return value if isinstance(value, str) else "\n".join(map(as_text, value)) if isinstance(value, list) else str(value)
+    return (
+        value if isinstance(value, str) else "\n".join(map(as_text, value)) if isinstance(value, list) else str(value)
+    )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -299,9 +316,13 @@ def _per_sample(measured: Measured, metric: str) -> bool:
 
 def _range(value: float, base: float, value_stderr: float | None, base_stderr: float | None) -> tuple[float, float]:
     """The axis a metric is shown on: 0 to 1 where it fits, else what is needed."""
-    ends = [at + sign * (error or 0.0) for at, error in ((value, value_stderr), (base, base_stderr)) for sign in (-1, 1)]
-    if 0 <= min(value, base) and max(value, base) <= 1:
+    ends = [
+        at + sign * (error or 0.0) for at, error in ((value, value_stderr), (base, base_stderr)) for sign in (-1, 1)
+    ]
+    if min(value, base) >= 0 and max(value, base) <= 1:
         return 0.0, 1.0
+    errors = (value_stderr or 0.0, base_stderr or 0.0)
+    ends = [value - errors[0], value + errors[0], base - errors[1], base + errors[1]]
     ticks = pictures.nice_ticks(min(0.0, *ends), max(0.0, *ends))
     return ticks[0], ticks[-1]
 

@@ -7,9 +7,11 @@ Written by hand and not with matplotlib, whose colours are fixed in the file: a 
 import math
 from collections.abc import Callable
 from html import escape
+from itertools import pairwise
+from statistics import fmean
 
-WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34  # margins for the axes' numbers
+WIDTH, HEIGHT = 280, 170
+LEFT, RIGHT, TOP, BOTTOM = 38, 8, 8, 34  # margins for the axes' numbers
 MAX_POINTS = 120  # more would be a smear: points are then means of neighbours
 
 Points = list[tuple[float, float]]
@@ -33,7 +35,7 @@ def line_chart(title: str, series: dict[str, Points], x_label: str) -> str:
 def histogram(title: str, series: dict[str, list[tuple[int, int]]], x_label: str) -> str:
     """Steps over a common x axis; a series is (lower edge, count) of bins of equal width."""
     edges = sorted({edge for bins in series.values() for edge, _ in bins})
-    width = min((b - a for a, b in zip(edges, edges[1:], strict=False)), default=1)
+    width = min((b - a for a, b in pairwise(edges)), default=1)
     # Only where there are rows: the last bins of a long tail are one row each, and all parts have the same bins.
     last = max((edge for bins in series.values() for edge, rows in bins if rows), default=0) + width
     outlines = {}
@@ -49,7 +51,7 @@ def histogram(title: str, series: dict[str, list[tuple[int, int]]], x_label: str
 
 
 def stacked_bar(title: str, parts: list[tuple[str, int]]) -> str:
-    """One bar as wide as its box, cut in proportion; a part is (CSS class, count). A part that is not 0 stays visible."""
+    """One bar as wide as its box, cut in proportion; a part is (CSS class, count), and visible unless it is 0."""
     total = sum(count for _, count in parts) or 1
     least = 0.6  # percent
     widths = [max(least, 100 * count / total) if count else 0.0 for _, count in parts]
@@ -79,7 +81,8 @@ def comparison(title: str, base: tuple[float, float], model: tuple[float, float]
         '<line class="axis" x1="8" x2="152" y1="12" y2="12"/>'
         + whisker("whisker base", *base)
         + whisker("whisker model", *model)
-        + f'<circle class="ring" cx="{x(base[0])}" cy="12" r="5"/><circle class="disc" cx="{x(model[0])}" cy="12" r="5"/>'
+        + f'<circle class="ring" cx="{x(base[0])}" cy="12" r="5"/>'
+        + f'<circle class="disc" cx="{x(model[0])}" cy="12" r="5"/>'
     )
     return (
         f'<svg class="comparison" viewBox="0 0 160 24" role="img" aria-label="{escape(title)}">'
@@ -91,7 +94,7 @@ def thin(points: Points) -> Points:
     """At most MAX_POINTS points: means of as many neighbours as that takes."""
     size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(math.fsum(x for x, _ in group) / len(group), math.fsum(y for _, y in group) / len(group)) for group in groups]
+    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:

@@ -1,7 +1,7 @@
 """The pipeline on one screen: a module a stage, each with `run(settings, inputs, outputs, work, name)`.
 
-    model, data -> prepare -> train -> merge -> evaluate -> gate -> report
-    model -> baseline ------------------------------------^
+model, data -> prepare -> train -> merge -> evaluate -> gate -> report
+model -> baseline ------------------------------------^
 """
 
 STAGES = {

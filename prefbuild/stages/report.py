@@ -22,10 +22,10 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
 
     Raises StageError naming every file that is missing, or the first that is not what it should be.
     """
-    builds = [
-        (recipe, next(path for path in inputs[recipe] if path.name == "gate.json").parent, Path(settings["baselines"][recipe]))
-        for recipe in settings["recipes"]
-    ]
+    builds = []
+    for recipe in settings["recipes"]:
+        gate = next(path for path in inputs[recipe] if path.name == "gate.json")
+        builds.append((recipe, gate.parent, Path(settings["baselines"][recipe])))
     missing = [str(path) for _, folder, baseline in builds for path in needed(folder, baseline) if not path.exists()]
     if missing:
         raise StageError(f"{', '.join(dict.fromkeys(missing))}: missing, so the report would lack it; run `dvc repro`")
@@ -47,10 +47,12 @@ def read_build(recipe: str, folder: Path, baseline: Path) -> Built:
     """All that is shown of one recipe. StageError when files contradict each other."""
     gate, rows, metrics = (read_json(folder / f"{stage}.json") for stage in ("gate", "prepare", "evaluate"))
     if gate["recipe"] != recipe:
-        raise StageError(f"{folder / 'gate.json'}: is the verdict on {gate['recipe']}, not on {recipe}; run `dvc repro`")
+        raise StageError(f"{folder / 'gate.json'}: is the verdict on {gate['recipe']}, not {recipe}; run `dvc repro`")
     lost = rows["rows"]["in"] - rows["rows"]["out"] - sum(rows["dropped"].values())
     if lost:
-        raise StageError(f"{folder / 'prepare.json'}: {lost} rows are neither kept nor counted as dropped; run `dvc repro`")
+        raise StageError(
+            f"{folder / 'prepare.json'}: {lost} rows are neither kept nor counted as dropped; run `dvc repro`"
+        )
     measured = [read_measured(path, baseline) for path in _measurements(folder)]
     if sorted(json.dumps(one.model["metrics"], sort_keys=True) for one in measured) != sorted(
         json.dumps(value, sort_keys=True) for value in metrics.values()
@@ -71,9 +73,10 @@ def read_build(recipe: str, folder: Path, baseline: Path) -> Built:
 
 def read_measured(path: Path, baseline: Path) -> Measured:
     """One measurement of the model and the same of its base. StageError when they are not of the same documents."""
-    mine, theirs = read_samples(path.with_suffix(".jsonl")), read_samples(baseline / f"{path.stem}.jsonl")
+    ours, bases = path.with_suffix(".jsonl"), baseline / f"{path.stem}.jsonl"
+    mine, theirs = read_samples(ours), read_samples(bases)
     if [_document(sample) for sample in mine] != [_document(sample) for sample in theirs]:
-        raise StageError(f"{path.with_suffix('.jsonl')} and {baseline}/{path.stem}.jsonl are not of the same documents; run `dvc repro`")
+        raise StageError(f"{ours} and {bases} are not of the same documents; run `dvc repro`")
     return Measured(
         key=path.stem,
         model=read_json(path),

@@ -50,7 +50,9 @@ def machine() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -64,14 +66,23 @@ class Curves(TrainerCallback):
     """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
 
     def __init__(self, folder: Path, resume_from: Path | None):
-        from dvclive import Live
+        from dvclive import Live, live
 
+        # DVCLive only draws the curves here: the stage is DVC's already, and a repository without a commit, or a
+        # container without git, would make it raise.
+        live.get_dvc_repo = lambda: None
+        os.environ.pop("DVC_ROOT", None)
         if resume_from is not None:
             shutil.copytree(resume_from / "live", folder, dirs_exist_ok=True)
         self.live = Live(str(folder), resume=resume_from is not None, save_dvc_exp=False, dvcyaml=None)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.live.step = state.global_step
         for key, value in (logs or {}).items():
@@ -79,7 +90,9 @@ class Curves(TrainerCallback):
                 self.live.log_metric(f"train/{key}", value)
         self.live.sync()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.live.end()
 
 
@@ -90,7 +103,9 @@ class ProgressBar(TrainerCallback):
         self.name = name
         self.bar: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -101,17 +116,26 @@ class ProgressBar(TrainerCallback):
         )
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         logs = logs or {}
         if self.bar is not None and "loss" in logs:
             words = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-            self.bar.set_postfix({word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False)
+            self.bar.set_postfix(
+                {word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.close()
 
 

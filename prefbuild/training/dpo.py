@@ -40,6 +40,7 @@ def train(
     goes on from the newest whole one found there. Raises StageError when the loss is no number.
     """
     import torch
+    import trl.trainer.utils
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
@@ -55,6 +56,11 @@ def train(
     # ---- settings
     bf16 = use_bf16(settings.precision)
     torch.use_deterministic_algorithms(settings.deterministic)
+    # Costs time only: no kernel used here reads memory that it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # On a CPU TRL 1.16 scores every position, prompts and padding too, and masks them afterwards; this makes it score
+    # the positions that count, as it does on GPUs. The only use of the name in that module.
+    trl.trainer.utils._use_triton = lambda device: True
     set_seed(seed)
     disable_progress_bars()
     arguments = DPOConfig(
@@ -123,7 +129,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not math.isfinite(result.training_loss):
-        raise StageError(f"the loss became {result.training_loss}; lower train.learning_rate (now {settings.learning_rate})")
+        raise StageError(
+            f"the loss became {result.training_loss}; lower train.learning_rate (now {settings.learning_rate})"
+        )
 
     # ---- measure and save
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def write_samples(folder: Path, responses: list[str], model: str) -> dict[str, float]:
-    """A measurement as stage `evaluate` leaves it: 40 documents, of which those answered with their target are right."""
+    """A measurement as stage `evaluate` leaves it; documents answered with their target are right."""
     n = len(responses)
     lines = [
         {
@@ -101,14 +101,21 @@ def write_recipe(root: Path, name: str, *, right: int, passed: bool, steps: int 
     write_json(out / "evaluate.json", {"concise": metrics})
     nothing = {"against": None, "reference": None, "confidence": None, "lower_bound": None}
     value = metrics["exact_match"]
-    rules = [
-        {"metric": "evaluate.concise.exact_match", "rule": "min", "bound": 0.5, "value": value, **nothing, "passed": passed,
-         "says": f"evaluate.concise.exact_match is {value:g}, {'at least' if passed else 'below the min of'} 0.5"},
-        {"metric": "prepare.dropped.empty", "rule": "max", "bound": 0.0, "value": 0.0, **nothing, "passed": True,
-         "says": "prepare.dropped.empty is 0, at most 0"},
-    ]  # fmt: skip
-    write_json(out / "gate.json", {"recipe": name, "passed": passed, "artifact": "sha256:" + "a1" * 32, "adapter": "sha256:" + "c2" * 32,
-                                   "judged": {}, "rules": rules})  # fmt: skip
+    says = f"evaluate.concise.exact_match is {value:g}, {'at least' if passed else 'below the min of'} 0.5"
+    least = {"metric": "evaluate.concise.exact_match", "rule": "min", "bound": 0.5, "value": value, "says": says}
+    empty = {"metric": "prepare.dropped.empty", "rule": "max", "bound": 0.0, "value": 0.0}
+    gate = {
+        "recipe": name,
+        "passed": passed,
+        "artifact": "sha256:" + "a1" * 32,
+        "adapter": "sha256:" + "c2" * 32,
+        "judged": {},
+        "rules": [
+            {**least, **nothing, "passed": passed},
+            {**empty, **nothing, "passed": True, "says": "prepare.dropped.empty is 0, at most 0"},
+        ],
+    }
+    write_json(out / "gate.json", gate)
     tokens = {"prompt": (21.5, 20, 34, 41), "chosen": (3.2, 3, 6, 9), "rejected": (12.75, 12, 21, 30)}
     write_json(
         out / "prepare.json",
@@ -140,7 +147,9 @@ def write_recipe(root: Path, name: str, *, right: int, passed: bool, steps: int 
         path = out / f"live/plots/metrics/train/{curve}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
         values = [value_at(step) * (1 + noise.uniform(-0.08, 0.08)) for step in range(steps)]
-        rows = [f"{step}\t{min(value, 1.0) if 'accuracies' in curve else value}" for step, value in enumerate(values, 1)]
+        rows = [
+            f"{step}\t{min(value, 1.0) if 'accuracies' in curve else value}" for step, value in enumerate(values, 1)
+        ]
         path.write_text(f"step\t{path.stem}\n" + "\n".join(rows) + "\n")
     write_json(
         out / "train.json",
@@ -328,12 +337,16 @@ def test_the_same_build_gives_the_same_bytes(project: Path) -> None:
 # ---- nothing missing, nothing contradicting
 
 
-@pytest.mark.parametrize("path", sorted(p.format(key=KEY) for p in (
+FILES = (
     "concise/gate.json", "concise/prepare.json", "concise/train.json", "concise/merge.json", "concise/evaluate.json",
-    "concise/lengths.csv", "concise/live/plots/metrics/train/loss.tsv", "concise/live/plots/metrics/train/rewards/margins.tsv",
+    "concise/lengths.csv", "concise/live/plots/metrics/train/loss.tsv",
+    "concise/live/plots/metrics/train/rewards/margins.tsv",
     "concise/evaluate/manifest.json", "concise/evaluate/{key}.jsonl", "baselines/smol-1c0ffe/{key}.json",
     "baselines/smol-1c0ffe/{key}.jsonl", "baselines/smol-1c0ffe/manifest.json",
-)))  # fmt: skip
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path.format(key=KEY) for path in FILES])
 def test_a_missing_file_is_named(project: Path, path: str) -> None:
     (project / "build" / path).unlink()
     with pytest.raises(StageError) as error:
@@ -357,7 +370,7 @@ def test_rows_that_do_not_add_up_are_refused(project: Path) -> None:
 
 def test_another_recipes_verdict_is_refused(project: Path) -> None:
     (project / "build/concise/gate.json").write_bytes((project / "build/too-short/gate.json").read_bytes())
-    with pytest.raises(StageError, match=r"gate\.json: is the verdict on too-short, not on concise"):
+    with pytest.raises(StageError, match=r"gate\.json: is the verdict on too-short, not concise"):
         make(project)
 
 
@@ -402,16 +415,30 @@ def test_long_texts_are_cut_and_say_so(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(None, "missing"), (0, "0"), (-0.5, "\u22120.5"), (34210, "34,210"), (34210.4, "34,210"), (1.23456789, "1.235"), (True, "True"), ("a-b", "a-b")],
-)  # fmt: skip
+    [
+        (None, "missing"),
+        (0, "0"),
+        (-0.5, "\u22120.5"),
+        (34210, "34,210"),
+        (34210.4, "34,210"),
+        (1.23456789, "1.235"),
+        (True, "True"),
+        ("a-b", "a-b"),
+    ],
+)
 def test_numbers_are_written_to_be_read(value: Any, said: str) -> None:
     assert page.number(value) == said
 
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (0.02, 0.69, [0, 0.2, 0.4, 0.6, 0.8]), (-2.3, 0.9, [-3, -2, -1, 0, 1]), (5, 5, [4.5, 4.75, 5, 5.25, 5.5])],
-)  # fmt: skip
+    [
+        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (0.02, 0.69, [0, 0.2, 0.4, 0.6, 0.8]),
+        (-2.3, 0.9, [-3, -2, -1, 0, 1]),
+        (5, 5, [4.5, 4.75, 5, 5.25, 5.5]),
+    ],
+)
 def test_ticks_are_round_and_span_the_values(low: float, high: float, ticks: list[float]) -> None:
     assert pictures.nice_ticks(low, high) == ticks
 
