@@ -62,10 +62,39 @@ def print_verdicts(names: list[str]) -> list[str]:
     failed = []
     for name in names:
         gate = read_json(Path(f"build/{name}/gate.json"))
+        print(metrics_table(name) + "\n")
         print(verdict_table(gate))
         if gate["passed"] is not True:
             failed.append(name)
     return failed
+
+
+def metrics_table(name: str) -> str:
+    """What a recipe's model and its base scored, task by task."""
+    section = read_json(Path(resolved_path("gate", name)))["gate"]
+    ours = read_json(Path(section["inputs"]["evaluate"]))
+    base = read_json(Path(section["inputs"]["baseline"], "metrics.json"))
+    rows = [("task", "metric", "n", "base", "this model", "difference")]
+    for task, metrics in ours.items():
+        for metric, value in metrics.items():
+            if metric == "n" or "_stderr" in metric:
+                continue
+            reference = base.get(task, {}).get(metric)
+            known = isinstance(reference, int | float)
+            rows.append(
+                (
+                    task,
+                    metric,
+                    str(metrics["n"]),
+                    f"{reference:.4f}" if known else "-",
+                    f"{value:.4f}",
+                    f"{value - reference:+.4f}" if known else "-",
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def inputs_of(root: Path, stage: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -203,8 +203,8 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _resolve(arguments: argparse.Namespace) -> int:
-    from prefbuild.lock import check_local
     from prefbuild.errors import LockError
+    from prefbuild.lock import check_local
     from prefbuild.pipeline import check_synced
     from prefbuild.resolve import load_project, resolve, write_resolved
 

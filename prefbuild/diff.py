@@ -58,20 +58,22 @@ class _Tree:
                 return file.read_bytes()
             self.notes.append(f"{path} is not there; `dvc repro` makes it, `dvc checkout` puts it back")
             return None
+        from dvc_data.index import DataIndexDirError
+
         files = self._open()
         try:
             data: bytes = files.read_bytes(path)
             return data
+        except DataIndexDirError:  # the cache lacks the list of the folder's files
+            lacking = path.rpartition("/")[0]
         except FileNotFoundError:
-            folder = path.rpartition("/")[0]
-            if files.exists(path) or (files.isdvc(folder) and not files.exists(path)):
-                target = path if files.exists(path) else folder
-                self.notes.append(
-                    f"{path} of {self.label} is not in DVC's cache here; run `dvc fetch --all-commits {target}`"
-                )
-            else:
-                self.notes.append(f"{path} was not built in {self.label}")
-            return None
+            lacking = path if files.exists(path) else ""
+        if lacking:
+            why = f"is not in DVC's cache here; run `dvc fetch --all-commits {lacking}`"
+        else:
+            why = "was not built"
+        self.notes.append(f"{path} of {self.label} {why}")
+        return None
 
     def recipes(self) -> list[str]:
         """Names of the recipes that are resolved here."""
@@ -418,16 +420,27 @@ def _recipe_text(recipe: dict[str, Any], paint: Paint) -> str:
     title = paint(f"{recipe['name']}: {printable(recipe['a'])} -> {printable(recipe['b'])}", "1")
     if "only_in" in recipe:
         return f"{title}\n  only in {printable(recipe[recipe['only_in']])}"
+    gates = recipe["gates"]
+    if not _differs(recipe):
+        return f"{title}\n  no difference"
     lines = [title]
     lines += _table("settings", recipe["settings"], show, paint)
     lines += _table("data", recipe["data"], _figure, paint)
     lines += _table("metrics", recipe["metrics"], _figure, paint)
-    gates = recipe["gates"]
     # The verdict is said even where it is the same, for it is what a change is made for.
     verdict = {"name": "all rules"} | {side: gates[side] for side in ("a", "b") if side in gates}
     lines += _table("gates", [verdict, *gates["rules"]] if len(verdict) > 1 else [], _mark, paint)
     lines += [paint(f"  note: {printable(note)}", "33") for note in recipe["notes"]]
-    return "\n".join(lines) if len(lines) > 1 else f"{title}\n  no difference"
+    return "\n".join(lines)
+
+
+def _differs(recipe: dict[str, Any]) -> bool:
+    rows = [*recipe["metrics"], recipe["gates"]]
+    return (
+        any(recipe[part] for part in ("settings", "data", "notes"))
+        or any(row.get("a", ABSENT) != row.get("b", ABSENT) or row.get("comparable") is False for row in rows)
+        or bool(recipe["gates"]["rules"])
+    )
 
 
 def _table(title: str, rows: list[dict[str, Any]], text: Callable[[Any], str], paint: Paint) -> list[str]:

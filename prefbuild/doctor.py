@@ -334,7 +334,7 @@ def _links_finding(types: list[str], working: list[str], links: bool) -> Finding
         return Finding(what="cache links", state="ok", found=f"{working[0]} works")
     fix = "keep project and cache on one filesystem (`dvc cache dir`)"
     if "hardlink" not in types:
-        fix = "dvc config cache.type reflink,hardlink,copy"
+        fix = "dvc config cache.type hardlink,reflink,copy"
     return Finding(
         what="cache links",
         state="warning",

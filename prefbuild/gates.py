@@ -88,18 +88,24 @@ def judge(settings: dict[str, Any], inputs: dict[str, Any], name: str, root: Pat
     }
 
 
+def titles(measurements: list[dict[str, Any]]) -> dict[str, str]:
+    """What evaluate.json calls each measurement, by key: its task's name, or name-key where two are of one task."""
+    names = [measurement["name"] for measurement in measurements]
+    return {m["key"]: m["name"] if names.count(m["name"]) == 1 else f"{m['name']}-{m['key']}" for m in measurements}
+
+
 def verdict_table(gate: dict[str, Any], colour: bool | None = None) -> str:
     """A verdict as lines to read. Colour: yes, no, or (None) only where stdout is a terminal."""
     colour = sys.stdout.isatty() if colour is None else colour
     rules = gate["rules"]
     holding = sum(rule["passed"] for rule in rules)
     lines = [f"{gate['recipe']}: {_mark(gate['passed'], colour)}, {holding} of {len(rules)} rules hold"]
-    titles = [f"{r['metric']} {r['rule']}" + ("" if r["bound"] is None else f" {r['bound']:g}") for r in rules]
-    width = max(map(len, titles), default=0)
-    for title, rule in zip(titles, rules, strict=True):
-        lines.append(f"  {_mark(rule['passed'], colour)}  {title:<{width}}  {rule['says']}")
+    asked = [f"{r['metric']} {r['rule']}" + ("" if r["bound"] is None else f" {r['bound']:g}") for r in rules]
+    width = max(map(len, asked), default=0)
+    for words, rule in zip(asked, rules, strict=True):
+        lines.append(f"  {_mark(rule['passed'], colour)}  {words:<{width}}  {rule['says']}")
     # Metric names come from files: no control characters on a terminal but the colours above.
-    return "".join(c for c in "\n".join(lines) if c.isprintable() or c in "\n\033") + "\n"
+    return "".join(c for c in "\n".join(lines) if c.isprintable() or c in "\n\033")
 
 
 def _mark(passed: bool, colour: bool) -> str:
@@ -202,10 +208,7 @@ def _check_evaluation(build: _Build) -> None:
     if not {"samples", "merged"} <= build.manifests.keys() or "evaluate" not in build.metrics:
         return
     folder, where = build.inputs["samples"], build.inputs["evaluate"]
-    names = {m["key"]: m["name"] for m in build.settings["measurements"]}
-    if len(set(names.values())) != len(names):
-        build.problems.append(f"{folder}: two measurements have the same name, so that no metric says which it is")
-        return
+    names = titles(build.settings["measurements"])
     there = {path.stem for path in build.path("samples").glob("*.json")} - {Path(MANIFEST).stem}
     for key in sorted(there - names.keys()):
         build.problems.append(f"{folder}/{key}.json: is no measurement of the recipe: stale, run `dvc repro`")
@@ -213,7 +216,7 @@ def _check_evaluation(build: _Build) -> None:
         build.problems.append(f"{where}: {task} is no task of the recipe")
     for key, task in names.items():
         try:
-            measured = _measured(build, folder, key, task, str(build.digest("merged")))
+            measured = _measured(build, folder, key, str(build.digest("merged")))
             repeated = build.metrics["evaluate"].get(task)
             if not isinstance(repeated, dict):
                 raise _Unfit(f"{where}: has no {task}, which {folder}/{key}.json measured")
@@ -223,9 +226,10 @@ def _check_evaluation(build: _Build) -> None:
             build.problems.append(str(unfit))
 
 
-def _measured(build: _Build, folder: str, key: str, task: str, model: str) -> dict[str, Any]:
+def _measured(build: _Build, folder: str, key: str, model: str) -> dict[str, Any]:
     """One measurement's record, or why it is not one of this task on this model."""
     where = f"{folder}/{key}.json"
+    task = next(m["name"] for m in build.settings["measurements"] if m["key"] == key)
     try:
         record = read_json(build.root / where)
     except StageError as error:
@@ -345,8 +349,8 @@ def _reference(build: _Build, keys: list[str], against: str) -> tuple[str, str, 
             "same way"
         )
     try:
-        theirs = _measured(build, folder, key, keys[1], str(model))
-        ours = _measured(build, build.inputs["samples"], key, keys[1], str(build.digest("merged")))
+        theirs = _measured(build, folder, key, str(model))
+        ours = _measured(build, build.inputs["samples"], key, str(build.digest("merged")))
         if theirs.get("task_digest") != ours.get("task_digest"):
             raise _Unfit(f"{folder}/{key}.json: the task's files were others")
         if (theirs.get("versions") or {}).get("lm_eval") != (ours.get("versions") or {}).get("lm_eval"):
@@ -449,11 +453,11 @@ def _number(value: Any, where: str) -> float:
     return value
 
 
-def _key(build: _Build, task: str) -> str:
-    keys = [m["key"] for m in build.settings["measurements"] if m["name"] == task]
-    if len(keys) != 1:
-        raise _Unfit(f"is not judged: the recipe has {len(keys)} measurements of {task}")
-    return str(keys[0])
+def _key(build: _Build, title: str) -> str:
+    for key, named in titles(build.settings["measurements"]).items():
+        if named == title:
+            return key
+    raise _Unfit(f"is not judged: {title} is no task of the recipe")
 
 
 def _at_least(value: float, bound: float, scale: float = 0.0) -> bool:

@@ -47,13 +47,14 @@ def load_task(measurement: Measurement, work: Path) -> Any:
 
     task = measurement["task"]
     path = Path(task) if is_task_file(task) else stock_yaml(task)
-    config = load_yaml(path)  # follows `include`, and takes `!function` from beside the YAML that says it
+    config = load_yaml(path, resolve_func=False)  # looked at before any of its code is imported
     if config.get("task") != measurement["name"] or "group" in config or "class" in config:
         raise StageError(
             f"{task}: is no single task named {measurement['name']}; name one task, and run `prefbuild lock`"
         )
     if config.get("unsafe_code"):
         raise StageError(f"{task}: runs code that the model writes (unsafe_code), which no stage does; leave it out")
+    config = load_yaml(path)  # follows `include`, and takes `!function` from beside the YAML that says it
     missing = _use_local_data(config, path.resolve().parent, measurement)
     _set_num_fewshot(config, measurement, missing)
     config["dataset_kwargs"]["cache_dir"] = str(work.resolve() / "datasets")
@@ -88,7 +89,7 @@ def task_digest(measurement: Measurement) -> str:
 
 
 def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measurement) -> str | None:
-    """Point a task's splits at files. Returns the split its few-shot examples come from when no file stands in for it."""
+    """Point a task's splits at files. Returns the split of its few-shot examples when no file is given for it."""
     data = measurement["data"]
     if data is None:
         files = (config.get("dataset_kwargs") or {}).get("data_files")

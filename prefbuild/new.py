@@ -38,13 +38,14 @@ DVCIGNORE = """\
 __pycache__
 """
 
+# Hard links first: with reflinks first, DVC copies what a stage has just made wherever the file system has none.
 DVC_CONFIG = """\
 [core]
     analytics = false
     autostage = false
     check_update = false
 [cache]
-    type = "reflink,hardlink,copy"
+    type = "hardlink,reflink,copy"
 """
 
 

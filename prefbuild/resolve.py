@@ -196,7 +196,7 @@ def _recipe_sections(
     model = _base_path(recipe, base_id)
     data = [f"build/data/{node_id(source.model_dump(mode='json'))}" for source in recipe.data.sources]
     rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
-    judged = {
+    judged: dict[str, Any] = {
         "prepare": f"{out}/prepare.json",
         "train": f"{out}/train.json",
         "merge": f"{out}/merge.json",

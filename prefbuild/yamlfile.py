@@ -219,15 +219,17 @@ class _Reader:
 
         line = _line(event)
         if isinstance(event, yaml.AliasEvent):
-            self.problem(line, loc, f"an alias ({printable(f'*{event.anchor}')[:40]}); write the value out")
+            self.problem(line, loc, f"an alias ({_sign('*' + str(event.anchor))}); write the value out")
             return None
         assert isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
         if event.anchor is not None:
-            self.problem(
-                line, loc, f"an anchor ({printable(f'&{event.anchor}')[:40]}); remove it, and write values out"
-            )
+            self.problem(line, loc, f"an anchor ({_sign('&' + event.anchor)}); remove it, and write values out")
         if event.tag is not None:
-            self.problem(line, loc, f"a tag ({_tag(event.tag)}); remove it, values are plain YAML")
+            self.problem(
+                line,
+                loc,
+                f"a tag ({_sign(event.tag.replace('tag:yaml.org,2002:', '!!'))}); remove it, values are plain YAML",
+            )
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, loc)
         self.depth += 1
@@ -322,7 +324,7 @@ class _Reader:
         elif found and ("<block end>" in what or "<document start>" in what):
             says = "indentation that differs from the lines before; align the keys of a section"
         else:
-            says = f"not YAML ({printable(what)[:80]}); check quotes and indentation"
+            says = f"not YAML ({'***' if looks_secret(what) else printable(what)[:80]}); check quotes and indentation"
         if re.search(r"^(<{7}|>{7}) |^={7}$", self.text, re.MULTILINE):
             says += " (merge conflict?)"
         self.problem(line, (), says)
@@ -342,8 +344,8 @@ def _code(error: "yaml.reader.ReaderError") -> int:
     return error.character if isinstance(error.character, int) else 0
 
 
-def _tag(tag: str) -> str:
-    return printable(tag.replace("tag:yaml.org,2002:", "!!"))[:40]
+def _sign(text: str) -> str:
+    return "***" if looks_secret(text) else printable(text)[:40]
 
 
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")

@@ -1,7 +1,8 @@
-"""A small build with the shape of a real one, in a git repository: random weights, honest metrics.
+"""A small build with the shape of a real one, in a git repository: real recipes, random weights, honest metrics.
 
-`make(root)` writes recipe `x` (compared with its base and with recipe `y`); `judge`, `seal` and `lock` redo what the
-gate stage, the worker and DVC do after a stage, for tests that change something on the way.
+`make(root)` writes recipe `x`, compared with its base and with recipe `y`. Recipes, lock, resolved files and DVC files
+are made by prefbuild; only the stages are not run. `judge`, `seal` and `lock` redo what the gate stage, the worker and
+DVC do after a stage, for tests that change something on the way.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from typing import Any
 import numpy
 from safetensors.numpy import save_file
 
-from prefbuild import gates
+from prefbuild import gates, yamlfile
+from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, read_manifest, write_json, write_manifest
+from prefbuild.pipeline import RECIPE_STAGES, sync
+from prefbuild.resolve import load_project, resolve, write_resolved
 
 N = 40
-KEYS = {"concise": "aaaaaaaaaaaa", "sense": "bbbbbbbbbbbb"}
-BASE, BASELINE = "build/models/tiny-abc123", "build/baselines/tiny-abc123"
 RIGHT = {"base": 18, "x": 30, "y": 24}  # documents of task concise each model has right
 GATES = [
     {"metric": "evaluate.concise.exact_match", "min": 0.6, "min_delta": 0.1, "confidence": 0.95},
@@ -29,28 +32,64 @@ GATES = [
     {"metric": "evaluate.concise.exact_match", "min_delta": 0.05, "against": "y"},
     {"metric": "prepare.dropped.empty", "max": 2},
 ]
-INPUTS: dict[str, Any] = {
-    **{stage: f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate")},
-    "samples": "build/x/evaluate",
-    **{folder: f"build/x/{folder}" for folder in ("prepared", "adapter", "merged")},
-    "base_model": BASE,
-    "baseline": BASELINE,
-    "others": ["build/y/evaluate"],
+RECIPE: dict[str, Any] = {
+    "description": "Answers in one word.",
+    "base": {"source": "file", "path": "models/tiny", "name": "org/tiny"},
+    "data": {
+        "sources": [{"source": "file", "path": "recipes/rows/train.jsonl"}],
+        "max_prompt_length": 32,
+        "max_length": 64,
+    },
+    "train": {"method": "dpo", "beta": 0.25, "max_steps": 8, "lora": {"r": 4}},
+    "evaluate": {"tasks": [{"task": f"recipes/tasks/{name}.yaml"} for name in ("concise", "sense")]},
+    "promote": {"path": "registry"},
 }
-EVALUATED = [f"{key}.{kind}" for key in KEYS.values() for kind in ("json", "jsonl")] + ["manifest.json"]
-CHECKPOINT = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-# Every file that a promotion of x rests on, but dvc.lock.
-FILES = [
-    *(f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate", "gate")),
-    *(f"build/x/prepared/{file}" for file in ("train.jsonl", "held_out.jsonl", "manifest.json")),
-    *(f"build/x/adapter/{file}" for file in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")),
-    *(f"build/x/merged/{file}" for file in [*CHECKPOINT, "chat_template.jinja"]),
-    *(f"build/x/evaluate/{file}" for file in EVALUATED),
-    *(f"{BASE}/{file}" for file in [*CHECKPOINT, "README.md"]),
-    *(f"{BASELINE}/{file}" for file in [*EVALUATED, "metrics.json"]),
-    *(f"build/y/evaluate/{file}" for file in EVALUATED),
-    "build/.resolved/x.json",
-]
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+"""
+
+
+def make_sources(root: Path) -> None:
+    """What a user commits: recipes, params.yaml, the lock, and the DVC files that `prefbuild sync` writes."""
+    checkpoint(root / "models/tiny", seed=1)
+    write(root / "models/tiny/README.md", "---\nlicense: apache-2.0\n---\n# tiny\n")
+    write(root / "recipes/rows/train.jsonl", jsonl([{"prompt": "p", "chosen": "a", "rejected": "b"}]))
+    for name in ("concise", "sense"):
+        write(root / f"recipes/tasks/{name}.yaml", TASK.format(name=name))
+        write(root / f"recipes/tasks/{name}.jsonl", jsonl([{"question": "q", "answer": "a"}]))
+    write(root / "params.yaml", "seed: 42\n")
+    write(root / ".gitignore", "/build/*\n!/build/.resolved\n/registry\n")
+    write_recipe(root, "x", gates=GATES)
+    write_recipe(root, "y", gates=GATES[:1])
+    resolve_all(root)
+
+
+def write_recipe(root: Path, name: str, **changes: Any) -> None:
+    write(root / f"recipes/{name}.yaml", yamlfile.dump({**RECIPE, **changes}))
+
+
+def resolve_all(root: Path) -> None:
+    """Lock, sync and resolve."""
+    locks.lock(root, load_project(root).recipes)
+    project = load_project(root)
+    sync(project)
+    write_resolved(root, resolve(project))
+
+
+def _gate_section() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        make_sources(Path(folder))
+        return resolved(Path(folder))["gate"]
+
+
+def resolved(root: Path) -> dict[str, Any]:
+    return dict(json.loads((root / "build/.resolved/x.json").read_text()))
 
 
 def gate(metric: str, **rules: Any) -> dict[str, Any]:
@@ -59,35 +98,20 @@ def gate(metric: str, **rules: Any) -> dict[str, Any]:
     return {"metric": metric, **empty, "against": "base", **rules}
 
 
-def measurements() -> list[dict[str, Any]]:
-    asked = {"data": None, "files": [], "num_fewshot": None, "limit": None, "apply_chat_template": True}
-    return [
-        {"key": key, "task": f"recipes/{name}.yaml", "name": name, **asked, "fewshot_as_multiturn": False}
-        for name, key in KEYS.items()
-    ]
-
-
 def gate_settings(gates_: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    rules = [gate(**g) for g in GATES] if gates_ is None else gates_
-    return {"gates": rules, "measurements": measurements(), "others": {"y": "build/y/evaluate"}}
+    """Settings of the gate stage, with other gates than the recipe's."""
+    settings: dict[str, Any] = json.loads(json.dumps(SECTION["settings"]))
+    return settings if gates_ is None else {**settings, "gates": gates_}
 
 
 def make(root: Path) -> None:
     """Write the sources, commit them, and write what `dvc repro` would leave."""
-    for path, text in {
-        "recipes/x.yaml": "description: Answers in one word.\n",
-        "params.yaml": "seed: 42\n",
-        "prefbuild.lock.yaml": "version: 1\n",
-        "dvc.yaml": "stages: {}\n",
-        "pipelines/x/dvc.yaml": "stages: {}\n",
-        ".gitignore": "/build/*\n!/build/.resolved\n/registry\n",
-    }.items():
-        write(root / path, text)
+    make_sources(root)
     checkpoint(root / BASE, seed=1)
     write(root / BASE / "README.md", "---\nlicense: apache-2.0\n---\n# tiny\n")
-    write_manifest(root / BASE, stage="model", name="tiny-abc123", inputs={})
+    write_manifest(root / BASE, stage="model", name=Path(BASE).name, inputs={})
     base = digest(root, BASE)
-    evaluate(root, BASELINE, model=base, who="base", stage="baseline", name="tiny-abc123")
+    evaluate(root, BASELINE, model=base, who="base", stage="baseline", name=Path(BASELINE).name)
     evaluate(root, "build/y/evaluate", model="sha256:" + "1" * 64, who="y", stage="evaluate", name="y")
 
     rows = [{"id": f"0:{i}", "prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(10)]
@@ -100,7 +124,7 @@ def make(root: Path) -> None:
     write_json(root / "build/x/prepare.json", {
         "rows": {"in": 12, "out": 10, "train": 8, "held_out": 2},
         "dropped": {**dropped, "empty": 1, "prompt_too_long": 1, "too_long": 0},
-        "truncated": {"chosen": 3, "rejected": 0}, "end_of_turn_lost": {"chosen": 0, "rejected": 0}, "boundary_differs": 0,
+        "truncated": {"chosen": 3, "rejected": 0}, "end_of_turn_lost": {"chosen": 0, "rejected": 0},
     })  # fmt: skip
 
     adapter = root / "build/x/adapter"
@@ -110,7 +134,7 @@ def make(root: Path) -> None:
         adapter, stage="train", name="x", inputs={"model": base, "prepared": digest(root, "build/x/prepared")}
     )
     write_json(root / "build/x/train.json", {
-        "loss": 0.5, "steps": 8, "rewards": {"margins": 1.25, "accuracies": 0.9}, "machine": {"cpu": "test", "torch": "2"},
+        "loss": 0.5, "steps": 8, "rewards": {"margins": 1.25, "accuracies": 0.9}, "machine": {"cpu": "test"},
     })  # fmt: skip
 
     checkpoint(root / "build/x/merged", seed=3)
@@ -124,43 +148,17 @@ def make(root: Path) -> None:
     write_json(root / "build/x/evaluate.json", scores)
     write(root / "build/x/lengths.csv", "tokens,rows\n")
 
-    resolve(root)
     judge(root)
+    lock(root)
     git(root, "init", "-q")
     git(root, "add", "-A")
     git(root, "commit", "-qm", "a recipe")
-    lock(root)
-
-
-def resolve(root: Path, gates_: list[dict[str, Any]] | None = None, **target: Any) -> None:
-    """Write build/.resolved/, as the resolve stage does."""
-    promote = {"to": "directory", "path": "registry", "adapter": True, "merged": True, **target}
-    train = {"method": "dpo", "beta": 0.1, "loss_weights": None, "lora": {"r": 4, "target_modules": "all-linear"}}
-    resolved = {
-        "prepare": section({"model": BASE, "data": ["build/data/rows-0a0a0a"]}, data={"max_length": 64}, seed=42),
-        "train": section({}, train=train, seed=42, base={"name": "org/tiny"}),
-        "gate": section(INPUTS, **gate_settings(gates_)),
-        "promote": section(
-            {**INPUTS, "gate": "build/x/gate.json", "lengths": "build/x/lengths.csv"},
-            promote=promote, description="Answers in one word.",
-        ),
-    }  # fmt: skip
-    write_json(root / "build/.resolved/x.json", resolved)
-    for kind, node in (("models", "tiny-abc123"), ("data", "rows-0a0a0a")):
-        pins = section(
-            {}, source={"source": "file", "path": "tiny"}, files=[{"path": "f", "size": 1, "sha256": "0" * 64}]
-        )
-        write_json(root / "build/.resolved" / kind / f"{node}.json", {kind.removesuffix("s"): pins})
-
-
-def section(inputs: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return {"version": 1, "inputs": inputs, "outputs": {}, "settings": settings}
 
 
 def judge(root: Path) -> dict[str, Any]:
     """What the gate stage does."""
-    gate_ = json.loads((root / "build/.resolved/x.json").read_text())["gate"]
-    verdict = gates.judge(gate_["settings"], gate_["inputs"], "x", root)
+    section = resolved(root)["gate"]
+    verdict = gates.judge(section["settings"], section["inputs"], "x", root)
     write_json(root / "build/x/gate.json", verdict)
     return verdict
 
@@ -172,15 +170,13 @@ def seal(root: Path, folder: str) -> None:
 
 
 def lock(root: Path) -> None:
-    """Write the dvc.lock files of the files as they are, in DVC's form. JSON is YAML."""
-    gate_ = json.loads((root / "build/.resolved/x.json").read_text())["gate"]
-    files = [f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate")]
-    stages = {Path(path).stem: {"cmd": "c", "outs": [out(root, path)]} for path in files}
-    params = {"build/.resolved/x.json": {"gate": gate_}}
-    stages["gate"] = {"cmd": "c", "params": params, "outs": [out(root, "build/x/gate.json")]}
+    """Write pipelines/x/dvc.lock of the files as they are, in DVC's form. JSON is YAML."""
+    sections = resolved(root)
+    stages = {}
+    for stage in RECIPE_STAGES:
+        params = {"build/.resolved/x.json": {stage: sections[stage]}}
+        stages[stage] = {"cmd": "c", "params": params, "outs": [out(root, f"build/x/{stage}.json")]}
     write_json(root / "pipelines/x/dvc.lock", {"schema": "2.0", "stages": stages})
-    shared = {"resolve": {"cmd": "c", "outs": [out(root, "build/.resolved/x.json")]}}
-    write_json(root / "dvc.lock", {"schema": "2.0", "stages": shared})
 
 
 def out(root: Path, path: str) -> dict[str, Any]:
@@ -215,8 +211,8 @@ def evaluate(root: Path, folder: str, *, model: str, who: str, stage: str, name:
         write(root / folder / f"{key}.jsonl", jsonl(samples))
         write_json(root / folder / f"{key}.json", {
             "key": key, "task": task, "model_digest": model, "task_digest": f"sha256:{task}", "measurement": {},
-            "metrics": {k: v for k, v in scores[task].items() if k != "n"}, "higher_is_better": dict.fromkeys(means, True),
-            "n": N, "versions": {"lm_eval": "0.4.13", "transformers": "5", "torch": "2"},
+            "metrics": scores[task], "higher_is_better": dict.fromkeys(means, True), "n": N,
+            "versions": {"lm_eval": "0.4.13", "transformers": "5", "torch": "2"},
         })  # fmt: skip
     if stage == "baseline":
         write_json(root / folder / "metrics.json", scores)
@@ -268,3 +264,25 @@ def git(root: Path, *arguments: str) -> str:
     who = {f"GIT_{role}_{key}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **who}).stdout
+
+
+# Names of nodes and measurements are digests of what is asked for, so they are asked for here once.
+SECTION = _gate_section()
+INPUTS: dict[str, Any] = SECTION["inputs"]
+KEYS = {m["name"]: m["key"] for m in SECTION["settings"]["measurements"]}
+BASE, BASELINE = INPUTS["base_model"], INPUTS["baseline"]
+EVALUATED = [f"{key}.{kind}" for key in KEYS.values() for kind in ("json", "jsonl")] + ["manifest.json"]
+CHECKPOINT = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+# Every file that a promotion of x rests on, but dvc.lock.
+FILES = [
+    *(f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate", "gate")),
+    *(f"build/x/prepared/{file}" for file in ("train.jsonl", "held_out.jsonl", "manifest.json")),
+    *(f"build/x/adapter/{file}" for file in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")),
+    *(f"build/x/merged/{file}" for file in [*CHECKPOINT, "chat_template.jinja"]),
+    *(f"build/x/evaluate/{file}" for file in EVALUATED),
+    *(f"{BASE}/{file}" for file in [*CHECKPOINT, "README.md"]),
+    *(f"{BASELINE}/{file}" for file in [*EVALUATED, "metrics.json"]),
+    *(f"build/y/evaluate/{file}" for file in EVALUATED),
+    "build/.resolved/x.json",
+    f"build/.resolved/models/{Path(BASE).name}.json",
+]

@@ -205,7 +205,7 @@ def test_a_drop_beyond_the_bound_fails(root):
     built.RIGHT["better"] = 36
     try:
         built.evaluate(
-            root, BASELINE, model=built.digest(root, BASE), who="better", stage="baseline", name="tiny-abc123"
+            root, BASELINE, model=built.digest(root, BASE), who="better", stage="baseline", name=Path(BASELINE).name
         )
     finally:
         del built.RIGHT["better"]
@@ -479,7 +479,8 @@ def test_a_metric_without_a_sample_fails(root):
     seal(root, "build/x/evaluate")
     rule = only(root, EXACT, min=0)
     assert rule["says"] == (
-        f"{EXACT} has no samples to show that it is right: build/x/evaluate/{CONCISE}.jsonl:6: document 5 has no exact_match"
+        f"{EXACT} has no samples to show that it is right: "
+        f"build/x/evaluate/{CONCISE}.jsonl:6: document 5 has no exact_match"
     )
 
 
@@ -497,15 +498,14 @@ def test_a_count_that_is_not_that_of_the_samples_fails(root, change):
         samples.unlink()
     seal(root, "build/x/evaluate")
     (artifact, exact) = rules(root, gate(EXACT, min=0))
-    assert (
-        artifact["says"]
-        == {
-            "fewer samples": f"build/x/evaluate/{CONCISE}.json: says n is 40, build/x/evaluate/{CONCISE}.jsonl has 39 samples",
-            "n": f"build/x/evaluate/{CONCISE}.json: says n is true, build/x/evaluate/{CONCISE}.jsonl has 40 samples",
-            "no samples": f"build/x/evaluate/{CONCISE}.json: says n is 0, build/x/evaluate/{CONCISE}.jsonl has 0 samples",
-            "missing": f"build/x/evaluate/{CONCISE}.jsonl: is missing, so that nothing shows the metrics are right",
-        }[change]
-    )
+    stem = f"build/x/evaluate/{CONCISE}"
+    says = {
+        "fewer samples": f"{stem}.json: says n is 40, {stem}.jsonl has 39 samples",
+        "n": f"{stem}.json: says n is true, {stem}.jsonl has 40 samples",
+        "no samples": f"{stem}.json: says n is 0, {stem}.jsonl has 0 samples",
+        "missing": f"{stem}.jsonl: is missing, so that nothing shows the metrics are right",
+    }
+    assert artifact["says"] == says[change]
     assert not exact["passed"]
 
 
@@ -526,12 +526,24 @@ def test_a_task_the_recipe_does_not_have_fails(root):
     assert not extra["passed"]
 
 
-def test_two_measurements_of_one_name_fail(root):
-    settings = built.gate_settings([gate(EXACT, min=0)])
-    settings["measurements"][1]["name"] = "concise"
-    assert judge(settings, built.INPUTS, "x", root)["rules"][0]["says"] == (
-        "build/x/evaluate: two measurements have the same name, so that no metric says which it is"
+def test_a_task_measured_in_two_ways_is_called_by_its_key(root):
+    settings = built.gate_settings(
+        [gate(f"evaluate.concise-{CONCISE}.exact_match", min=0.7, min_delta=0.2), gate(EXACT, min=0)]
     )
+    settings["measurements"][1]["name"] = "concise"
+    edit(root / f"build/x/evaluate/{SENSE}.json", lambda record: record.update(task="concise"))
+    seal(root, "build/x/evaluate")
+
+    def rename(scores: dict) -> None:
+        scores[f"concise-{CONCISE}"], scores[f"concise-{SENSE}"] = scores.pop("concise"), scores.pop("sense")
+
+    edit(root / "build/x/evaluate.json", rename)
+    one, delta, unclear = judge(settings, built.INPUTS, "x", root)["rules"]
+    assert one["passed"]
+    assert delta["passed"]
+    assert delta["reference"] == 0.45
+    assert unclear["says"].startswith(f"{EXACT} is not in build/x/evaluate.json: did you mean evaluate.concise-")
+    assert not unclear["passed"]
 
 
 @pytest.mark.parametrize(
@@ -602,7 +614,7 @@ def test_the_table_says_what_passed_and_why(root):
     assert verdict_table(verdict, colour=False) == (
         "x: FAIL, 1 of 2 rules hold\n"
         f"  FAIL  {EXACT} min 0.8  {EXACT} is 0.75, below the min of 0.8\n"
-        "  PASS  train.loss max 1                      train.loss is 0.5, at most 1\n"
+        "  PASS  train.loss max 1                      train.loss is 0.5, at most 1"
     )
     coloured = verdict_table(verdict, colour=True)
     assert "\033[31mFAIL\033[0m" in coloured

@@ -107,9 +107,10 @@ def test_a_changed_local_file_is_reported_and_locked_again(root: Path) -> None:
         "recipes/x/train.jsonl changed since it was locked; run `prefbuild lock x`",
         "recipes/x/held_out.jsonl changed since it was locked; run `prefbuild lock x`",
     ]
+    rows, new_rows, asked, new_asked = map(short, ("row\n", "ROW\n", "question\n", "another question\n"))
     assert lock(root, {"x": recipe}, ["x"]) == [
-        f"changed recipes/x/train.jsonl: sha256 {short('row\n')}.. -> {short('ROW\n')}..",
-        f"changed recipes/x/held_out.jsonl: sha256 {short('question\n')}.. -> {short('another question\n')}..",
+        f"changed recipes/x/train.jsonl: sha256 {rows}.. -> {new_rows}..",
+        f"changed recipes/x/held_out.jsonl: sha256 {asked}.. -> {new_asked}..",
     ]
     assert check_local(root, read_lock(root), recipe) == []
 
@@ -198,7 +199,7 @@ def test_a_malformed_entry_is_named_with_its_line(root: Path) -> None:
     lines = (root / LOCK).read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if "size: 4" in line)
     key = max(i for i in range(at) if lines[i] == "    files:")
-    lines[at] = lines[at].replace("4", "-")
+    lines[at] = lines[at].replace("4", "four")
     (root / LOCK).write_text("\n".join(lines))
     with pytest.raises(RecipeError, match=rf"^{LOCK}:{key + 1}: sources\.x-train-[0-9a-f]{{6}}\.files: "):
         read_lock(root)
@@ -287,8 +288,8 @@ def test_data_of_an_include_in_another_folder_is_refused_as_ambiguous(root: Path
     (root / "recipes/y").mkdir()
     (root / "recipes/y/y.yaml").write_text("include: ../x/x.yaml\ntask: y\n")
     assert refused(root, "recipes/y/y.yaml") == (
-        "recipes/x/x.yaml:3: dataset_kwargs: is in another folder than recipes/y/y.yaml, so its paths could mean either; "
-        "move it to recipes/y/y.yaml"
+        "recipes/x/x.yaml:3: dataset_kwargs: is in another folder than recipes/y/y.yaml, so its paths could mean "
+        "either; move it to recipes/y/y.yaml"
     )
 
 

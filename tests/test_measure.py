@@ -21,10 +21,10 @@ include: common
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 4}
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 12}
 filter_list:
   - name: digits
-    filter: [{function: regex, regex_pattern: "([0-9]+)"}, {function: take_first}]
+    filter: [{function: regex, regex_pattern: "([0-9]+)", group_select: -1}, {function: take_first}]
   - name: none
     filter: [{function: take_first}]
 metric_list:
@@ -114,7 +114,7 @@ def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
 
 
-def measurement(task: str, name: str, *files: str, **changes: Any) -> dict[str, Any]:
+def measurement(task: str, name: str, /, *files: str, **changes: Any) -> dict[str, Any]:
     """As the resolved recipe holds it; `files` are pinned as they are now."""
     pinned = [{"path": f, "size": Path(f).stat().st_size, "sha256": sha256_file(Path(f))} for f in files]
     asked = {"task": task, "name": name, "data": None, "files": pinned, "num_fewshot": None, "limit": None}
@@ -136,7 +136,9 @@ def arc(**changes: Any) -> dict[str, Any]:
 
 
 def coded(name: str) -> dict[str, Any]:
-    return measurement(f"{name}.yaml", "coded", f"{name}.yaml", "common", "sums.jsonl", "code.py", limit=4)
+    return measurement(
+        f"{name}.yaml", "coded", f"{name}.yaml", "common", "sums.jsonl", "code.py", limit=4, apply_chat_template=True
+    )
 
 
 def settings() -> dict[str, Any]:
@@ -392,7 +394,7 @@ def test_stock_task_is_found_by_its_own_name() -> None:
         ({"num_fewshot": 2}, r"takes its 2 examples from split train, for which there is no local file"),
         ({"data": {"test": "code.py"}}, r"data must be files of one kind, of .json.*; got .py"),
         ({"name": "arc"}, r"is no single task named arc"),
-        ({"task": "piqa", "name": "piqa"}, r"has no test split, so data.test would be ignored; it has train, validation"),
+        ({"task": "piqa", "name": "piqa"}, r"has no test split, so data.test would be ignored; it has train"),
         ({"task": "truthfulqa_mc1", "name": "truthfulqa_mc1", "data": {"validation": "arc.jsonl"}, "num_fewshot": 3},
          r"sets num_fewshot: 0 itself and takes no other"),
         ({"task": "humaneval", "name": "humaneval"}, r"runs code that the model writes"),

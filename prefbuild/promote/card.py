@@ -9,6 +9,7 @@ from typing import Any
 
 from prefbuild.compare import compare_samples
 from prefbuild.errors import StageError
+from prefbuild.gates import titles
 
 CONFIDENCE = 0.95
 
@@ -72,8 +73,7 @@ def _scores(root: Path, resolved: dict[str, Any], metrics: dict[str, Any]) -> li
     """A row a metric: base and model with standard errors, and the paired difference where samples allow it."""
     inputs = resolved["promote"]["inputs"]
     rows = []
-    for measurement in resolved["gate"]["settings"]["measurements"]:
-        task = measurement["name"]
+    for key, task in titles(resolved["gate"]["settings"]["measurements"]).items():
         model, base = metrics["evaluate"].get(task, {}), metrics["baseline"].get(task, {})
         ours, theirs = root / inputs["samples"], root / inputs["baseline"]
         for metric in sorted(key for key in model if key != "n" and not key.endswith("_stderr")):
@@ -86,7 +86,7 @@ def _scores(root: Path, resolved: dict[str, Any], metrics: dict[str, Any]) -> li
                 "difference": "",
             }
             try:
-                test = compare_samples(ours, theirs, measurement["key"], metric, CONFIDENCE)
+                test = compare_samples(ours, theirs, key, metric, CONFIDENCE)
                 row["difference"] = f"{test.mean_difference:+.4g} [{test.lower_bound:+.4g}, {test.upper_bound:+.4g}]"
             except StageError:
                 pass  # a score of the whole corpus has no samples to pair

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, digest_of, verify_artifact, write_manifest
 from prefbuild.errors import PromotionRefused, StageError
-from prefbuild.gates import METRICS
+from prefbuild.gates import METRICS, titles
 from prefbuild.promote.card import render_card
 from prefbuild.promote.provenance import SourceState, provenance
 from prefbuild.promote.publishable import check_publishable
@@ -120,10 +120,10 @@ def _write(
         shutil.copytree(root / inputs[role], folder / role, copy_function=shutil.copyfile)
     metrics = {stage: json.loads(judged_bytes(root, inputs[stage], gate)) for stage in METRICS}
     metrics["baseline"] = {}
-    for measurement in resolved["gate"]["settings"]["measurements"]:
-        base = root / inputs["baseline"] / f"{measurement['key']}.json"
+    for key, title in titles(resolved["gate"]["settings"]["measurements"]).items():
+        base = root / inputs["baseline"] / f"{key}.json"
         if base.exists():
-            metrics["baseline"][measurement["name"]] = json.loads(base.read_text(encoding="utf-8"))["metrics"]
+            metrics["baseline"][title] = json.loads(base.read_text(encoding="utf-8"))["metrics"]
     facts = provenance(root, name, version=version, build=build, resolved=resolved, gate=gate, source=source)
     (folder / "recipe.yaml").write_bytes((root / "recipes" / f"{name}.yaml").read_bytes())
     (folder / "resolved.json").write_text(canonical_json(resolved), encoding="utf-8")

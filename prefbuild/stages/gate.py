@@ -25,4 +25,4 @@ def run(
     }
     verdict = judge(settings, paths, name)
     write_json(outputs["gate"], verdict)
-    print(verdict_table(verdict), end="")
+    print(verdict_table(verdict))

@@ -49,7 +49,8 @@ def run(
 
     print(
         f"merge: KL {result.kl:.2e} nats a token (at most {max_kl}; the base's is {result.kl_of_base:.2e}), "
-        f"logits differ by at most {result.max_logit_difference:.2e}, {result.greedy_agreement:.0%} of the prompts continue alike",
+        f"logits differ by at most {result.max_logit_difference:.2e}, "
+        f"{result.greedy_agreement:.0%} of the prompts continue alike",
         file=sys.stderr,
     )
     if not result.kl < result.kl_of_base:

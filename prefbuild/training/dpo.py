@@ -46,7 +46,7 @@ def train(
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import DPOConfig, DPOTrainer
 
-    class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    class TokenizedDPOTrainer(DPOTrainer):
         """DPOTrainer on rows that `prepare` rendered, tokenised, cut and counted."""
 
         def _prepare_dataset(self, dataset: Dataset, *_arguments: Any) -> Dataset:
@@ -57,7 +57,7 @@ def train(
     bf16 = use_bf16(settings.precision)
     torch.use_deterministic_algorithms(settings.deterministic)
     # Costs time only: no kernel used here reads memory that it did not write.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # On a CPU TRL 1.16 scores every position, prompts and padding too, and masks them afterwards; this makes it score
     # the positions that count, as it does on GPUs. The only use of the name in that module.
     trl.trainer.utils._use_triton = lambda device: True

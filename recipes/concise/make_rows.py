@@ -75,7 +75,11 @@ KINDS = {
         """,
     ),
     "opposite": (
-        ["What is the opposite of {item}?", "Which word means the opposite of {item}?", "Give the opposite of the word {item}."],
+        [
+            "What is the opposite of {item}?",
+            "Which word means the opposite of {item}?",
+            "Give the opposite of the word {item}.",
+        ],
         ["The opposite of {item} is {answer}.", "The word that means the opposite of {item} is {answer}."],
         """
         hot=cold, up=down, left=right, black=white, day=night, open=closed, early=late, full=empty, heavy=light,
@@ -103,7 +107,11 @@ KINDS = {
         """,
     ),
     "past tense": (
-        ["What is the past tense of {item}?", "What is the past tense of the verb {item}?", "Give the past tense of {item}."],
+        [
+            "What is the past tense of {item}?",
+            "What is the past tense of the verb {item}?",
+            "Give the past tense of {item}.",
+        ],
         ["The past tense of {item} is {answer}.", "The verb {item} becomes {answer} in the past tense."],
         """
         go=went, eat=ate, see=saw, take=took, give=gave, come=came, run=ran, write=wrote, speak=spoke, break=broke,
@@ -170,7 +178,10 @@ KINDS = {
         """,
     ),
     "animal class": (
-        ["Is the {item} a mammal, a bird, a fish, a reptile or an insect?", "Mammal, bird, fish, reptile or insect: what is the {item}?"],
+        [
+            "Is the {item} a mammal, a bird, a fish, a reptile or an insect?",
+            "Mammal, bird, fish, reptile or insect: what is the {item}?",
+        ],
         ["The {item} is {an_answer}.", "An animal like the {item} is {an_answer}."],
         """
         dog=mammal, cow=mammal, horse=mammal, whale=mammal, dolphin=mammal, bat=mammal, monkey=mammal, rabbit=mammal,

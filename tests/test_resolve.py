@@ -1,0 +1,90 @@
+"""Resolving: one section a stage, nothing in it that should not re-run the stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+from project import RECIPE, ROOT, TASK, run, write_rows
+
+from prefbuild.errors import LockError
+from prefbuild.resolve import load_project, resolve, write_resolved
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project that is locked, its model a folder of text: resolving reads no weights."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    (tmp_path / "models/tiny/config.json").write_text("{}")
+    write_rows(tmp_path / "recipes/rows/train.jsonl", 10)
+    (tmp_path / "recipes/rows/sums.yaml").write_text(TASK)
+    (tmp_path / "recipes/rows/held_out.jsonl").write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
+    (tmp_path / "recipes/first.yaml").write_text(RECIPE)
+    run(tmp_path, "prefbuild", "lock")
+    return tmp_path
+
+
+def section(project: Path, stage: str, name: str = "first") -> dict:
+    return resolve(load_project(project))[f"build/.resolved/{name}.json"][stage]
+
+
+def test_every_default_is_written_out(project: Path) -> None:
+    train = section(project, "train")["settings"]["train"]
+    assert train["beta"] == 0.1
+    assert train["lora"]["target_modules"] == "all-linear"
+    assert section(project, "train")["settings"]["seed"] == 42
+
+
+def test_params_yaml_is_inherited_and_the_recipe_wins(project: Path) -> None:
+    (project / "params.yaml").write_text("seed: 7\ntrain: {save_steps: 99, logging_steps: 3}\n")
+    assert section(project, "train")["settings"]["seed"] == 7
+    assert section(project, "train")["settings"]["train"]["logging_steps"] == 3
+    assert section(project, "train")["settings"]["train"]["save_steps"] == 2
+
+
+def test_nothing_is_pinned_until_it_is_locked(project: Path) -> None:
+    (project / "prefbuild.lock.yaml").unlink()
+    with pytest.raises(LockError) as caught:
+        resolve(load_project(project))
+    for what in ("models-tiny-", "rows-train-", "recipes/rows/sums.yaml"):
+        assert what in str(caught.value)
+    assert "prefbuild lock" in str(caught.value)
+    assert resolve(load_project(project), pinned=False)
+
+
+def test_a_changed_task_changes_the_key_of_its_measurement(project: Path) -> None:
+    before = section(project, "evaluate")["settings"]["measurements"][0]["key"]
+    (project / "recipes/rows/held_out.jsonl").write_text(json.dumps({"question": "2+2", "answer": "4"}) + "\n")
+    run(project, "prefbuild", "lock")
+    assert section(project, "evaluate")["settings"]["measurements"][0]["key"] != before
+
+
+def test_recipes_with_other_seeds_share_a_baseline(project: Path) -> None:
+    (project / "recipes/second.yaml").write_text(RECIPE + "seed: 5\n")
+    run(project, "prefbuild", "lock")
+    resolved = resolve(load_project(project))
+    baselines = [sections["baseline"] for path, sections in resolved.items() if "/baselines/" in path]
+    assert len(baselines) == 1
+    assert len(baselines[0]["settings"]["measurements"]) == 1
+
+
+def test_a_recipe_that_measures_otherwise_leaves_the_first_ones_sections_alone(project: Path) -> None:
+    before = resolve(load_project(project))["build/.resolved/first.json"]
+    (project / "recipes/second.yaml").write_text(RECIPE.replace("limit: 4", "limit: 6"))
+    run(project, "prefbuild", "lock")
+    resolved = resolve(load_project(project))
+    assert resolved["build/.resolved/first.json"] == before
+    baseline = next(sections["baseline"] for path, sections in resolved.items() if "/baselines/" in path)
+    assert [m["limit"] for m in baseline["settings"]["measurements"]] != []
+    assert {m["limit"] for m in baseline["settings"]["measurements"]} == {4, 6}
+
+
+def test_unchanged_files_are_not_written_again(project: Path) -> None:
+    resolved = resolve(load_project(project))
+    assert write_resolved(project, resolved)
+    assert write_resolved(project, resolved) == []
+
+
+def test_the_resolved_recipes_in_git_are_those_of_the_sources() -> None:
+    for path, sections in resolve(load_project(ROOT)).items():
+        assert json.loads((ROOT / path).read_text()) == json.loads(json.dumps(sections)), path

@@ -1,0 +1,55 @@
+"""Checkpoints count only when they are whole."""
+
+from pathlib import Path
+
+import pytest
+
+from prefbuild.artifact import write_manifest
+from prefbuild.training.common import NEEDED, newest_checkpoint
+
+
+def checkpoint(work: Path, step: int) -> Path:
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir()
+    for name in NEEDED:
+        (folder / name).write_text(f"{name} {step}")
+    write_manifest(folder, stage="train", name="checkpoint", inputs={})
+    return folder
+
+
+def test_the_newest_by_number_is_taken(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        checkpoint(tmp_path, step)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
+    whole = checkpoint(tmp_path, 2)
+    broken = checkpoint(tmp_path, 4) / name
+    if damage == "missing":
+        broken.unlink()
+    elif damage == "cut":
+        broken.write_bytes(broken.read_bytes()[:-1])
+    else:
+        broken.write_bytes(b"X" + broken.read_bytes()[1:])
+    assert newest_checkpoint(tmp_path) == whole
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_a_manifest_without_a_needed_file_does_not_count(tmp_path: Path, name: str) -> None:
+    folder = checkpoint(tmp_path, 4)
+    (folder / name).unlink()
+    write_manifest(folder, stage="train", name="checkpoint", inputs={})
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_an_empty_checkpoint_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-99").mkdir()
+    assert newest_checkpoint(tmp_path) is None
