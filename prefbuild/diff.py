@@ -39,7 +39,8 @@ class _Tree:
     root: Path
     label: str  # as the user named it
     commit: str | None = None  # None: on disk
-    notes: list[str] = field(default_factory=list)
+    unbuilt: list[str] = field(default_factory=list)  # what was asked for in vain
+    uncached: dict[str, str] = field(default_factory=dict)  # and what DVC would have to fetch for it
     _files: Any = None  # DVCFileSystem, opened when first needed
 
     def tracked(self, path: str) -> bytes | None:
@@ -51,12 +52,12 @@ class _Tree:
         return shown.stdout if shown.returncode == 0 else None
 
     def result(self, path: str) -> bytes | None:
-        """A file that DVC keeps; None, and a note why, when it is not there."""
+        """A file that DVC keeps; None, and noted, when it is not there."""
         if self.commit is None:
             file = self.root / path
             if file.is_file():
                 return file.read_bytes()
-            self.notes.append(f"{path} is not there; `dvc repro` makes it, `dvc checkout` puts it back")
+            self.unbuilt.append(path)
             return None
         from dvc_data.index import DataIndexDirError
 
@@ -65,15 +66,30 @@ class _Tree:
             data: bytes = files.read_bytes(path)
             return data
         except DataIndexDirError:  # the cache lacks the list of the folder's files
-            lacking = path.rpartition("/")[0]
+            self.uncached[path] = path.rpartition("/")[0]
         except FileNotFoundError:
-            lacking = path if files.exists(path) else ""
-        if lacking:
-            why = f"is not in DVC's cache here; run `dvc fetch --all-commits {lacking}`"
-        else:
-            why = "was not built"
-        self.notes.append(f"{path} of {self.label} {why}")
+            # An output that was never made is listed too, without a digest.
+            if files.exists(path) and files.info(path).get("md5"):
+                self.uncached[path] = path
+            else:
+                self.unbuilt.append(path)
         return None
+
+    def notes(self) -> list[str]:
+        """What was asked for in vain, and how to get it; then forgotten."""
+        notes = []
+        if self.unbuilt and self.commit is None:
+            notes.append(f"not there: {', '.join(self.unbuilt)}; `dvc repro` makes and `dvc checkout` restores them")
+        elif self.unbuilt:
+            notes.append(f"not built in {self.label}: {', '.join(self.unbuilt)}")
+        if self.uncached:
+            targets = " ".join(dict.fromkeys(self.uncached.values()))
+            notes.append(
+                f"not in DVC's cache here: {', '.join(self.uncached)} of {self.label}; run `dvc fetch --all-commits {targets}`"
+            )
+        self.unbuilt.clear()
+        self.uncached.clear()
+        return notes
 
     def recipes(self) -> list[str]:
         """Names of the recipes that are resolved here."""
@@ -219,25 +235,22 @@ def _parse(data: bytes | None, path: str, tree: _Tree) -> Any:
 
 
 def _compare(left: _Side, right: _Side) -> dict[str, Any]:
-    for side in (left, right):
-        side.tree.notes.clear()
     same = left.recipe == right.recipe
     names = {"a": left.tree.label if same else left.recipe, "b": right.tree.label if same else right.recipe}
     result: dict[str, Any] = {"name": left.recipe if same else f"{left.recipe} and {right.recipe}", **names}
     ours, theirs = left.sections(), right.sections()
     if ours is None or theirs is None:
         return {**result, "only_in": "b" if ours is None else "a"}
-    result["settings"] = _rows(_settings(left, ours), _settings(right, theirs))
-    result["data"] = _rows(flatten(left.metrics("prepare")), flatten(right.metrics("prepare")))
-    result["metrics"] = [
-        row
-        for stage in ("train", "merge")
-        for row in _rows(flatten(left.metrics(stage), f"{stage}."), flatten(right.metrics(stage), f"{stage}."))
-    ]
+    result["settings"] = _rows(_settings(ours), _settings(theirs))
+    our_pins, their_pins = _pins(left, ours), _pins(right, theirs)
+    for path in sorted(our_pins.keys() & their_pins.keys()):  # what only one side reads is told by its name
+        result["settings"] += _rows(our_pins[path], their_pins[path])
+    result["data"] = _numbers(left, right, "prepare", "")
+    result["metrics"] = _numbers(left, right, "train", "train.") + _numbers(left, right, "merge", "merge.")
     result["metrics"] += _measured(left, right, _keys(ours), _keys(theirs))
     result["gates"] = _gates(left.metrics("gate"), right.metrics("gate"))
     stale = [*_stale(left, ours), *_stale(right, theirs)]
-    result["notes"] = list(dict.fromkeys([*left.tree.notes, *right.tree.notes, *stale]))
+    result["notes"] = [*left.tree.notes(), *right.tree.notes(), *stale]
     return result
 
 
@@ -247,6 +260,12 @@ def _rows(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
     return [_row(name, ours, theirs) for name in names if ours.get(name, ABSENT) != theirs.get(name, ABSENT)]
 
 
+def _numbers(left: _Side, right: _Side, stage: str, prefix: str) -> list[dict[str, Any]]:
+    """What differs in <stage>.json; nothing when a side has none, which its notes say."""
+    ours, theirs = flatten(left.metrics(stage), prefix), flatten(right.metrics(stage), prefix)
+    return _rows(ours, theirs) if ours and theirs else []
+
+
 def _row(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     row = {"name": name} | {side: values[name] for side, values in (("a", ours), ("b", theirs)) if name in values}
     if _is_number(row.get("a")) and _is_number(row.get("b")):
@@ -254,7 +273,7 @@ def _row(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, A
     return row
 
 
-def _settings(side: _Side, sections: dict[str, Any]) -> dict[str, Any]:
+def _settings(sections: dict[str, Any]) -> dict[str, Any]:
     """Every setting by the name a recipe gives it. Of inputs only what the recipe chose: its base and its data."""
     found: dict[str, Any] = {}
     for stage in STAGES:
@@ -271,13 +290,21 @@ def _settings(side: _Side, sections: dict[str, Any]) -> dict[str, Any]:
     inputs = sections["prepare"]["inputs"]
     found["base"] = Path(inputs["model"]).name if inputs["model"].startswith("build/models/") else inputs["model"]
     found["data.sources"] = [Path(path).name for path in inputs["data"]]
+    return found
+
+
+def _pins(side: _Side, sections: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The sha256 the lock pins of every file of the base and of the data, by model or data set."""
+    inputs = sections["prepare"]["inputs"]
+    pins = {}
     for path in (inputs["model"], *inputs["data"]):
         kind = {"build/models": "model", "build/data": "data"}.get(path.rpartition("/")[0])
         if kind is not None:  # else the base is another recipe's model
             pinned = f"{RESOLVED}/{path.removeprefix('build/')}.json"
-            pins = _parse(side.tree.tracked(pinned), pinned, side.tree)
-            found |= _leaves(Path(path).name, {"files": pins[kind]["settings"].get("files")} if pins else {})
-    return found
+            section = _parse(side.tree.tracked(pinned), pinned, side.tree) or {kind: {"settings": {}}}
+            files = section[kind]["settings"].get("files") or []
+            pins[path] = {f"{Path(path).name}[{file['path']}].sha256": file["sha256"] for file in files}
+    return pins
 
 
 def _leaves(name: str, value: Any) -> dict[str, Any]:

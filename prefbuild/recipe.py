@@ -469,7 +469,7 @@ def load_recipes(root: Path) -> dict[str, Recipe]:
     if not folder.is_dir():
         raise RecipeError([*problems, f"{show_path(folder)}:1: is no folder; a recipe is recipes/<name>.yaml"])
     loaded: dict[str, tuple[Document, Recipe]] = {}
-    paths = sorted(path for path in folder.iterdir() if _looks_like_recipe(path))
+    paths = sorted(filter(_looks_like_recipe, folder.iterdir()), key=lambda path: (path.stem, path.suffix))
     found: dict[str, list[str]] = {}
     for path in paths:
         found[path.name] = [f"{show_path(path)}:1: {wrong}" for wrong in _name_problems(path)]

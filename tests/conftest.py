@@ -1,5 +1,6 @@
 """Fixtures: the real model, real preference data, and a thin model of its shape."""
 
+import fcntl
 import os
 import shutil
 import sys
@@ -21,29 +22,41 @@ SMOLLM2 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub, no user configuration, and git that can commit."""
-    for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(key, "1")
-    for key in ("HF_TOKEN", "PREFBUILD_RUNNER", "DVC_STAGE", "DVC_ROOT"):
-        monkeypatch.delenv(key, raising=False)
-    for key, value in {"user.name": "test", "user.email": "test@localhost", "init.defaultBranch": "main"}.items():
-        number = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
-        monkeypatch.setenv("GIT_CONFIG_COUNT", str(number + 1))
-        monkeypatch.setenv(f"GIT_CONFIG_KEY_{number}", key)
-        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{number}", value)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+# Set before anything is imported, so that fixtures of every scope and every command see it: no hub, no tokens, git that
+# can commit, this environment's commands, and one thread a process, since the suite runs several at once.
+for key in ("HF_TOKEN", "PREFBUILD_RUNNER", "DVC_STAGE", "DVC_ROOT"):
+    os.environ.pop(key, None)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    OMP_NUM_THREADS="1",
+    GIT_CONFIG_COUNT="3",
+    GIT_CONFIG_KEY_0="user.name",
+    GIT_CONFIG_VALUE_0="test",
+    GIT_CONFIG_KEY_1="user.email",
+    GIT_CONFIG_VALUE_1="test@localhost",
+    GIT_CONFIG_KEY_2="init.defaultBranch",
+    GIT_CONFIG_VALUE_2="main",
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+)
 
 
 @pytest.fixture(scope="session")
 def smollm2(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real SmolLM2-135M-Instruct as a checkpoint folder with a manifest, kept between test runs."""
+    locked = sources_of_the_demo()
+    cache = pytestconfig.cache.mkdir("smollm2")
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the parallel workers makes it
+        return _converted(locked, cache, tmp_path_factory)
 
+
+def _converted(locked: dict, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prefbuild.stages import model
 
-    locked = sources_of_the_demo()
-    folder = pytestconfig.cache.mkdir("smollm2") / f"checkpoint-{locked['files'][0]['sha256'][:12]}"
+    folder = cache / f"checkpoint-{locked['files'][0]['sha256'][:12]}"
     try:
         verify_artifact(folder)
     except (StageError, OSError):

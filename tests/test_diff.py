@@ -117,12 +117,12 @@ def write_recipe(
     outputs = {stage: ("metrics" if stage != "gate" else "outs", [f"{stage}.json"]) for stage in STAGES}
     lines = ["stages:"]
     for stage, (kind, files) in outputs.items():
-        copied = [*files, *(["evaluate"] if stage == "evaluate" else [])]
+        copied = [f"made/{name}/{file}" for file in (*files, *(["evaluate"] if stage == "evaluate" else []))]
         lines += [
             f"  {stage}:",
             "    wdir: ../..",
-            f"    cmd: mkdir -p build/{name} && cp -r {' '.join(f'made/{name}/{file}' for file in copied)} build/{name}/",
-            f"    deps: [{', '.join(f'made/{name}/{file}' for file in copied)}]",
+            f"    cmd: mkdir -p build/{name} && cp -r {' '.join(copied)} build/{name}/",
+            f"    deps: [{', '.join(copied)}]",
             f"    params: [{{build/.resolved/{name}.json: [{stage}]}}]",
             f"    {kind}: [{', '.join(f'build/{name}/{file}' for file in files)}]",
         ]
@@ -247,7 +247,7 @@ def test_results_older_than_the_settings_are_noted(project: Path) -> None:
 def test_a_pin_that_changed_is_a_setting(project: Path) -> None:
     path = project / f"build/.resolved/{DATA.removeprefix('build/')}.json"
     path.write_text(path.read_text().replace("0" * 64, "1" * 64))
-    found = row(compare(project, "HEAD", None, "x"), "settings", "rows-0a0a0a.files[file].sha256")
+    found = row(compare(project, "HEAD", None, "x"), "settings", "rows-0a0a0a[file].sha256")
     assert found == {"a": "0" * 64, "b": "1" * 64}
 
 
@@ -292,8 +292,10 @@ def test_a_result_that_the_cache_lacks_is_named(project: Path) -> None:
     shutil.rmtree(project / ".dvc/cache")
     recipe = compare(project, "v1", "HEAD", "x")
     assert row(recipe, "settings", "train.learning_rate")["b"] == 1e-4
-    says = "is not in DVC's cache here; run `dvc fetch --all-commits build/x/train.json`"
-    assert f"build/x/train.json of v1 {says}" in recipe["notes"]
+    files = [f"build/x/{stage}.json" for stage in STAGES]
+    of = f"not in DVC's cache here: {', '.join(files)} of"
+    fetch = f"run `dvc fetch --all-commits {' '.join(files)}`"
+    assert recipe["notes"] == [f"{of} v1; {fetch}", f"{of} HEAD; {fetch}"]
     assert recipe["metrics"] == [] and "a" not in recipe["gates"]
 
 
@@ -303,22 +305,27 @@ def test_samples_that_the_cache_lacks_leave_the_change_untested(project: Path) -
     recipe = compare(project, "v1", "HEAD", "x")
     found = row(recipe, "metrics", "evaluate.concise.exact_match")
     assert (found["a"], found["b"], found["says"]) == (0.45, 0.825, "not tested: samples are missing")
-    says = "is not in DVC's cache here; run `dvc fetch --all-commits build/x/evaluate`"
-    assert f"build/x/evaluate/{KEYS['concise']}.jsonl of v1 {says}" in recipe["notes"]
+    files = ", ".join(f"build/x/evaluate/{key}.jsonl" for key in KEYS.values())
+    fetch = "run `dvc fetch --all-commits build/x/evaluate`"
+    assert recipe["notes"][0] == f"not in DVC's cache here: {files} of v1; {fetch}"
 
 
 def test_nothing_is_fetched(project: Path) -> None:
     dvc(project, "push", "-q", "--all-commits")
     shutil.rmtree(project / ".dvc/cache")
-    assert any("is not in DVC's cache here" in note for note in compare(project, "v1", None, "x")["notes"])
+    assert "not in DVC's cache here" in compare(project, "v1", None, "x")["notes"][0]
     dvc(project, "fetch", "-q", "--all-commits")
     assert compare(project, "v1", None, "x")["notes"] == []
 
 
 def test_a_recipe_that_is_not_built_is_noted(project: Path) -> None:
     shutil.rmtree(project / "build/x")
-    notes = compare(project, "HEAD", None, "x")["notes"]
-    assert "build/x/train.json is not there; `dvc repro` makes it, `dvc checkout` puts it back" in notes
+    recipe = compare(project, "HEAD", None, "x")
+    (note,) = recipe["notes"]
+    assert note.startswith("not there: build/x/prepare.json, build/x/train.json, ")
+    assert note.endswith("; `dvc repro` makes and `dvc checkout` restores them")
+    assert recipe["data"] == []
+    assert row(recipe, "metrics", "evaluate.concise.exact_match") == {"a": 0.825}
 
 
 def test_a_recipe_committed_before_it_was_built_is_noted(project: Path) -> None:
@@ -326,7 +333,8 @@ def test_a_recipe_committed_before_it_was_built_is_noted(project: Path) -> None:
     git(project, "add", "-A")
     git(project, "commit", "-qm", "w, not built")
     notes = compare(project, "HEAD", None, "w")["notes"]
-    assert "build/w/train.json of HEAD was not built" in notes
+    files = ", ".join(f"build/w/{stage}.json" for stage in STAGES)
+    assert notes[0] == f"not built in HEAD: {files}"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +343,7 @@ def test_a_recipe_committed_before_it_was_built_is_noted(project: Path) -> None:
         ("HAED", None, None, "HAED: is neither a recipe nor a git revision; did you mean HEAD?"),
         ("v1", "--help", None, "--help: is neither a recipe nor a git revision; there are: x, y, z, HEAD"),
         ("v1", None, "xx", "xx: no such recipe in v1 or working tree; did you mean x?"),
-        ("x", None, None, "x is a recipe: name another one to compare it with, or a revision, as in `prefbuild diff HEAD"),
+        ("x", None, None, "x is a recipe: name another one to compare it with, or a revision, as in `prefbuild"),
         ("x", "y", "z", "--recipe z goes with revisions; x and y are recipes"),
         ("v1", "x", "y", "--recipe y is not x; name one of them"),
     ],

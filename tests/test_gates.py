@@ -120,8 +120,8 @@ def test_metric_names_may_have_dots_and_slashes(root):
             "evaluate.conicse.exact_match is not in build/x/evaluate.json: did you mean evaluate.concise.exact_match?",
         ),
         (
-            "merge.zzz",
-            "merge.zzz is not in build/x/merge.json: there is merge.greedy_agreement, merge.kl, merge.tolerance.max_kl",
+            "merge.something",
+            "merge.something is not in build/x/merge.json: there is merge.greedy_agreement, merge.kl, merge.tolerance.max_kl",
         ),
         (
             "train.rewards",

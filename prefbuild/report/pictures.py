@@ -81,8 +81,8 @@ def comparison(title: str, base: tuple[float, float], model: tuple[float, float]
         '<line class="axis" x1="8" x2="152" y1="12" y2="12"/>'
         + whisker("whisker base", *base)
         + whisker("whisker model", *model)
-        + f'<circle class="ring" cx="{x(base[0])}" cy="12" r="5"/>'
-        + f'<circle class="disc" cx="{x(model[0])}" cy="12" r="5"/>'
+        + f'<circle class="ring" cx="{x(base[0])}" cy="12" r="4"/>'
+        + f'<circle class="disc" cx="{x(model[0])}" cy="12" r="4"/>'
     )
     return (
         f'<svg class="comparison" viewBox="0 0 160 24" role="img" aria-label="{escape(title)}">'

@@ -88,6 +88,7 @@ def train(
         seed=seed,
         data_seed=seed,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # Trainer would log an average in place of a loss that is no number
         logging_steps=settings.logging_steps,
         save_steps=settings.save_steps,
         save_total_limit=2,
