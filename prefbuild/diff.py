@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class _Tree:
     unbuilt: list[str] = field(default_factory=list)  # what was asked for in vain
     uncached: dict[str, str] = field(default_factory=dict)  # and what DVC would have to fetch for it
     _files: Any = None  # DVCFileSystem, opened when first needed
+    _prefix: str = ""  # of the project in its git repository
 
     def tracked(self, path: str) -> bytes | None:
         """A file that git tracks; None when it is not there."""
@@ -62,14 +64,15 @@ class _Tree:
         from dvc_data.index import DataIndexDirError
 
         files = self._open()
+        place = self._prefix + path
         try:
-            data: bytes = files.read_bytes(path)
+            data: bytes = files.read_bytes(place)
             return data
         except DataIndexDirError:  # the cache lacks the list of the folder's files
             self.uncached[path] = path.rpartition("/")[0]
         except FileNotFoundError:
             # An output that was never made is listed too, without a digest.
-            if files.exists(path) and files.info(path).get("md5"):
+            if files.exists(place) and files.info(place).get("md5"):
                 self.uncached[path] = path
             else:
                 self.unbuilt.append(path)
@@ -104,11 +107,17 @@ class _Tree:
         if self._files is None:
             from dvc.api import DVCFileSystem
             from dvc.exceptions import DvcException
+            from dvc.repo import Repo
 
+            self._prefix = _git(self.root, "rev-parse", "--show-prefix").stdout.decode().strip("\n")
+            offline = {"core": {"remote": ""}}  # a diff says what is missing instead of fetching it
             try:
-                # Without a remote: a diff says what is missing instead of fetching it.
                 self._files = DVCFileSystem(
-                    repo=str(self.root.resolve()), rev=self.commit, config={"core": {"remote": ""}}
+                    repo=str(self.root.resolve()),
+                    rev=self.commit,
+                    subrepos=bool(self._prefix),  # else DVC looks at the top of the git repository only
+                    repo_factory=partial(Repo, config=offline),
+                    config=offline,
                 )
             except DvcException as error:
                 raise StageError(f"{self.label}: DVC cannot read it: {error}") from None

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefbuild.errors import UsageError
 from prefbuild.recipe import DPO, Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.sources import node_id, title
@@ -34,6 +33,12 @@ GGUF_BITS = {
     "Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.44, "Q2_K": 2.63,
 }  # fmt: skip
 GPU_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
+GPU_TOOLS = ("nvidia-smi", "rocm-smi")
+LIST_GPUS = """
+import json, torch
+devices = range(torch.cuda.device_count())
+print(json.dumps([[torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)] for i in devices]))
+"""
 LIBRARIES = 1_000_000_000  # bytes that Python, torch and what it loads take before any model
 COLORS = {"ok": "32", "warning": "33", "missing": "31"}
 
@@ -63,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """An NVIDIA GPU; memory in bytes."""
+    """A GPU; memory in bytes."""
 
     name: str
     total: int
@@ -153,9 +158,7 @@ def dvc(root: Path) -> list[Finding]:
         if shutil.which(command) is None:
             fix = "activate the environment it is installed in (`prefbuild build` finds it by itself, `dvc repro` does not)"
             findings.append(
-                Finding(
-                    what=f"`{command}`", state="warning", found="not on PATH", needed="for plain `dvc repro`", fix=fix
-                )
+                Finding(what=f"`{command}`", state="warning", found="not on PATH", needed="it for `dvc repro`", fix=fix)
             )
     return findings
 
@@ -196,13 +199,8 @@ def lock(project: Project, name: str) -> Finding:
     """Everything the recipe refers to pinned, and local files as they were pinned."""
     problems = lock_problems(project, name)
     if problems:
-        return Finding(
-            what="lock",
-            state="missing",
-            found=problems[0],
-            needed="pins",
-            fix="\n".join(problems[1:]) or f"prefbuild lock {name}",
-        )
+        found = f"{len(problems)} thing{'s' if len(problems) > 1 else ''} not as pinned"
+        return Finding(what="lock", state="missing", found=found, fix="\n".join(problems))
     return Finding(what="lock", state="ok", found="everything is pinned")
 
 
@@ -248,18 +246,21 @@ def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
     recipe = project.recipes[name]
     base = _base(project, recipe)
     node = node_id(base.model_dump(mode="json"))
+    findings = []
     cache, types = _cache(root)
-    working = [kind for kind in types if kind == "copy" or _link_works(kind, _workspace(root), cache)]
-    links = working[0] != "copy" if working else False
-    findings = [_links_finding(types, working, links)]
+    link = None
+    if types:
+        link = next((kind for kind in types if kind != "copy" and _link_works(kind, _workspace(root), cache)), None)
+        findings.append(_links_finding(types, link))
     apart = root.stat().st_dev != cache.stat().st_dev
-    lasting, temporary = disk_need(
+    lasting, passing = disk_need(
         weights=shape.num_parameters * BYTES[base.dtype],
         adapter=4 * num_adapter_parameters(recipe.train, shape),
         download=sum(file["size"] for file in _files(project, node)) * (2 if base.source == "wheel" else 1),
         fetched=recipe.base.source == "recipe" or (root / "build/models" / node / "manifest.json").exists(),
     )
-    need = lasting + temporary + (lasting if not links and not apart else 0)
+    # Without links every result is in the project and in the cache.
+    need = lasting + passing + (lasting if link is None and not apart else 0)
     findings.append(_space_finding("disk", root, need, f"about {_gigabytes(need)}; {shape.source}"))
     if apart:
         findings.append(_space_finding("cache disk", cache, lasting, f"about {_gigabytes(lasting)}"))
@@ -293,7 +294,7 @@ def _space_finding(what: str, folder: Path, need: int, needed: str) -> Finding:
 
 
 def _cache(root: Path) -> tuple[Path, list[str]]:
-    """DVC's cache folder (made if need be) and the link types it is told to try."""
+    """DVC's cache folder (made if need be) and the link types it is told to try; none of these without a repository."""
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
@@ -302,7 +303,7 @@ def _cache(root: Path) -> tuple[Path, list[str]]:
             folder = Path(repo.cache.local.path)
             types = repo.config["cache"].get("type") or ["reflink", "copy"]
     except NotDvcRepoError:
-        raise UsageError(f"{root}: is no DVC repository; run `git init` and `dvc init` there") from None
+        return root, []
     folder.mkdir(parents=True, exist_ok=True)
     return folder, list(types)
 
@@ -329,16 +330,16 @@ def _link_works(kind: str, folder: Path, cache: Path) -> bool:
         return link.read_bytes() == original.read_bytes()
 
 
-def _links_finding(types: list[str], working: list[str], links: bool) -> Finding:
-    if links:
-        return Finding(what="cache links", state="ok", found=f"{working[0]} works")
+def _links_finding(types: list[str], link: str | None) -> Finding:
+    if link is not None:
+        return Finding(what="cache links", state="ok", found=f"{link} works")
     fix = "keep project and cache on one filesystem (`dvc cache dir`)"
     if "hardlink" not in types:
         fix = "dvc config cache.type hardlink,reflink,copy"
     return Finding(
         what="cache links",
         state="warning",
-        found=f"none of {', '.join(types)} but copy works, so every result is on disk twice",
+        found=f"of {', '.join(types)} only copies work, so every result is on disk twice",
         fix=fix,
     )
 
@@ -347,16 +348,11 @@ def _links_finding(types: list[str], working: list[str], links: bool) -> Finding
 
 
 def find_gpus() -> list[Gpu]:
-    """NVIDIA GPUs as nvidia-smi lists them; none where it is not installed."""
-    if shutil.which("nvidia-smi") is None:
+    """The GPUs torch can use. It is asked in a process of its own, and only where a driver's tool is on PATH."""
+    if not any(map(shutil.which, GPU_TOOLS)):
         return []
-    text = _output(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"])
-    gpus = []
-    for line in text.splitlines():
-        name, *numbers = [part.strip() for part in line.rsplit(",", 2)]
-        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
-            gpus.append(Gpu(name=name, total=int(numbers[0]) * 2**20, free=int(numbers[1]) * 2**20))
-    return gpus
+    text = _output([sys.executable, "-c", LIST_GPUS])
+    return [Gpu(name=name, free=free, total=total) for name, free, total in json.loads(text or "[]")]
 
 
 def cpu_flags() -> set[str]:
@@ -378,15 +374,13 @@ def computes_in_bf16(recipe: Recipe, gpus: list[Gpu]) -> bool:
 def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> list[Finding]:
     """GPU or CPU, its bf16, and an optimizer that runs there."""
     findings = []
+    tools = [tool for tool in GPU_TOOLS if shutil.which(tool)]
     if gpus:
-        seen = _output([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"])
-        if seen == "True":
-            findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
-        else:
-            fix = "install a torch with CUDA that suits the driver (pytorch.org, Get started)"
-            findings.append(
-                Finding(what="processor", state="warning", found=f"{gpus[0].name}, but torch does not see it", fix=fix)
-            )
+        findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
+    elif tools:
+        found = f"{tools[0]} is here, but torch sees no GPU"
+        fix = "install a torch that suits the driver (pytorch.org, Get started); see also CUDA_VISIBLE_DEVICES"
+        findings.append(Finding(what="processor", state="warning", found=found, fix=fix))
     else:
         findings.append(_cpu_finding(recipe, shape))
     if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
@@ -443,13 +437,14 @@ def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: 
 
     weights       parameters x bytes (the reference is the same weights, without the adapter)
     adapter       its parameters x 16: float32 weights, gradients and Adam's two moments
-    activations   tokens x layers x (13 hidden + 4 intermediate) x bytes, tokens = 2 x batch x max_length; with
+    activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = 2 x batch x max_length; with
                   checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager attention is not counted.
+                  The numbers are SmolLM2-135M's, measured; PEFT keeps inputs in float32 beside the base's bf16.
     logits        tokens x vocabulary x (bytes + 8): the logits, and log-probabilities and gradient in float32
     libraries     1 GB
     """
     tokens = 2 * train.per_device_train_batch_size * max_length
-    layer = tokens * (13 * shape.hidden + 4 * shape.intermediate) * bytes_per_number
+    layer = tokens * (16 * shape.hidden + 7 * shape.intermediate) * bytes_per_number
     if train.gradient_checkpointing:
         activations = tokens * shape.layers * shape.hidden * bytes_per_number + layer
     else:
@@ -503,9 +498,9 @@ def shape_of(project: Project, recipe: Recipe) -> Shape:
     files = {file["path"]: file["size"] for file in _files(project, node)}
     weights = {name: size for name, size in files.items() if name.endswith((".safetensors", ".gguf"))}
     if not weights:
-        return guess_shape(0, "the base is not pinned, so its size is unknown")
+        return guess_shape(0, "its size is unknown, because the base is not pinned")
     num_bits = min(gguf_bits(name) if name.endswith(".gguf") else 8 * BYTES[base.dtype] for name in weights)
-    return guess_shape(int(sum(weights.values()) * 8 / num_bits), "the model's size is guessed from the locked file's")
+    return guess_shape(int(sum(weights.values()) * 8 / num_bits), "a guess from the size of the locked file")
 
 
 def gguf_bits(name: str) -> float:
@@ -530,7 +525,7 @@ def guess_shape(num_parameters: int, source: str) -> Shape:
 def _shape_of_checkpoint(folder: Path) -> Shape:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
-    guess = guess_shape(sum(map(_num_elements, folder.glob("*.safetensors"))), "the model's config")
+    guess = guess_shape(sum(map(_num_elements, folder.glob("*.safetensors"))), "by the model's config")
     hidden = config.get("hidden_size", guess.hidden)
     return Shape(
         num_parameters=guess.num_parameters,
@@ -553,7 +548,7 @@ def _shape_of_gguf(path: Path) -> Shape:
     from gguf import GGUFReader
 
     reader: Any = GGUFReader(str(path))
-    guess = guess_shape(sum(int(tensor.n_elements) for tensor in reader.tensors), "the GGUF's header")
+    guess = guess_shape(sum(int(tensor.n_elements) for tensor in reader.tensors), "by the GGUF's header")
 
     def field(key: str, default: int) -> int:
         found = next((value for name, value in reader.fields.items() if name.endswith(f".{key}")), None)

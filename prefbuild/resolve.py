@@ -272,6 +272,7 @@ def _report_section(project: Project) -> Section:
         "train.json",
         "merge.json",
         "evaluate.json",
+        "evaluate",
         "lengths.csv",
         "live/plots/metrics",
     )

@@ -24,7 +24,7 @@ from prefbuild.resolve import Project, Section, load_project, resolve
 from prefbuild.yamlfile import show
 
 # Of settings that a recipe writes elsewhere, or under another name.
-WRITTEN_AS = {"measurements": "evaluate.tasks", "batch_size": "evaluate.batch_size", "source": "source"}
+WRITTEN_AS = {"measurements": "evaluate.tasks", "batch_size": "evaluate.batch_size"}
 COLORS = {"stops": "31", "runs": "33", "restores": "36", "may run": "2"}
 MOST_REASONS = 8  # lines a stage in the text; the JSON has all
 
@@ -103,11 +103,7 @@ def status_text(changes: list[Change], *, color: bool | None = None) -> str:
     groups: dict[str, list[Change]] = {"": [], **{name: [] for name in sorted(names)}}
     for change in changes:
         groups[change.name if change.name in names else ""].append(change)
-    width = (
-        max(len(_label(change)) for change in changes if change.stage != "sync")
-        if len(changes) > 1 or not _sync_only(changes)
-        else 0
-    )
+    width = max((len(_label(change)) for change in changes if change.stage != "sync"), default=0)
     for title, group in groups.items():
         rows = [change for change in group if change.stage != "sync"]
         lines += [
@@ -303,22 +299,29 @@ def _differ(path: str, old: Any, new: Any) -> list[str]:
 
 
 def _lists_differ(path: str, old: list[Any], new: list[Any]) -> list[str]:
-    before, after = _labelled(old), _labelled(new)
-    gone = [key for key in before if key not in after]
-    come = [key for key in after if key not in before]
-    files = path.rpartition(".")[2] == "files"
+    # What is in both is left out first, so that equal names (a task measured twice) are not paired wrongly.
+    before, after = _labelled(_without(old, new)), _labelled(_without(new, old))
     lines = []
-    for key in after:
+    for key, item in after.items():
         if key not in before:
             lines.append(f"{path} + {key}")
-        elif files and before[key] != after[key]:
-            lines.append(f"{path}: {key} is another ({before[key]['size']} -> {after[key]['size']} bytes)")
+        elif path.rpartition(".")[2] == "files":
+            sizes = f"{before[key]['size']} -> {item['size']} bytes"
+            lines.append(f"{path}: {key} is another ({sizes if before[key]['size'] != item['size'] else 'same size'})")
         else:
-            lines += _differ(f"{path}[{key}]", before[key], after[key])
-    lines += [f"{path} - {key}" for key in gone]
-    if not (lines or gone or come):
-        lines.append(f"{path}: another order")
-    return lines
+            lines += _differ(f"{path}[{key}]", before[key], item)
+    lines += [f"{path} - {key}" for key in before if key not in after]
+    return lines or [f"{path}: another order"]
+
+
+def _without(items: list[Any], others: list[Any]) -> list[Any]:
+    rest, others = [], list(others)
+    for item in items:
+        if item in others:
+            others.remove(item)
+        else:
+            rest.append(item)
+    return rest
 
 
 def _labelled(items: list[Any]) -> dict[str, Any]:
@@ -362,10 +365,6 @@ def _some(words: list[str]) -> str:
 def _label(change: Change) -> str:
     shared = change.name and change.stage not in (*RECIPE_STAGES, "lock", "report")
     return f"{change.stage} {change.name}" if shared else change.stage
-
-
-def _sync_only(changes: list[Change]) -> bool:
-    return all(change.stage == "sync" for change in changes)
 
 
 def _summary(changes: list[Change]) -> str:

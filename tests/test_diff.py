@@ -318,6 +318,25 @@ def test_nothing_is_fetched(project: Path) -> None:
     assert compare(project, "v1", None, "x")["notes"] == []
 
 
+def test_a_project_in_a_folder_of_a_git_repository(project: Path) -> None:
+    above = project.parent
+    for folder in (".git", ".dvc/tmp"):
+        shutil.rmtree(project / folder)
+    git(above, "init", "-q")
+    (project / ".dvc/config").unlink()
+    dvc(project, "init", "-q", "-f", "--subdir")
+    dvc(project, "remote", "add", "-q", "-d", "store", str(above / "store"))
+    build(project)
+    git(above, "add", "-A")
+    git(above, "commit", "-qm", "first")
+    recipe = compare(project, "HEAD", None, "x")
+    assert recipe["notes"] == []
+    assert row(recipe, "metrics", "evaluate.concise.exact_match")["says"] == "equal"
+    dvc(project, "push", "-q")
+    shutil.rmtree(project / ".dvc/cache")
+    assert "not in DVC's cache here" in compare(project, "HEAD", None, "x")["notes"][0]
+
+
 def test_a_recipe_that_is_not_built_is_noted(project: Path) -> None:
     shutil.rmtree(project / "build/x")
     recipe = compare(project, "HEAD", None, "x")

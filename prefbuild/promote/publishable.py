@@ -14,7 +14,7 @@ from prefbuild.errors import PromotionRefused
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml")
 NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "LICENSE", "NOTICE")
 # Allowed by suffix, and still not to be let out: state of a training run.
-TRAINING = re.compile(r"(optimizer|scheduler|rng_state|training_args|trainer_state|scaler)\b.*")
+TRAINING = re.compile(r"(optimizer|scheduler|rng_state|training_args|trainer_state|scaler)([._-].*)?")
 
 SECRETS = {
     "a Hugging Face token": re.compile(rb"hf_[A-Za-z0-9]{20,}"),

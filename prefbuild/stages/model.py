@@ -83,7 +83,6 @@ def _unpack_gguf(path: Path, out: Path, dtype: str, where: str) -> None:
     # The loaded model refuses to be saved ("quantized with gguf"), though its weights are full ones by now.
     config = model.config
     config.__dict__.pop("quantization_config", None)
-    config._name_or_path = ""
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     fresh.load_state_dict(model.state_dict(), assign=True)

@@ -7,8 +7,8 @@ nothing that is asked about in held_out.jsonl is asked about in train.jsonl, wha
 question: if the capital of a country is held out, so are its language, currency and continent.
 
 Not covered: facts that need more than a few words, that change often, or that people argue about;
-and three kinds that were tried and dropped, because the base model knows too few of them in any form
-(young animals, numbers in words, how many of a thing): a preference teaches the form of an answer.
+and three kinds that were tried and then dropped (young animals, numbers in words, how many of a thing):
+the base model could hardly answer them in any form, and after training held-out ones were still wrong.
 """
 
 import hashlib
