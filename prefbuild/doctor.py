@@ -158,7 +158,7 @@ def dvc(root: Path) -> list[Finding]:
         if shutil.which(command) is None:
             fix = "activate the environment it is installed in (`prefbuild build` finds it by itself, `dvc repro` does not)"
             findings.append(
-                Finding(what=f"`{command}`", state="warning", found="not on PATH", needed="it for `dvc repro`", fix=fix)
+                Finding(what=f"`{command}`", state="warning", found="not on PATH; plain `dvc repro` calls it", fix=fix)
             )
     return findings
 

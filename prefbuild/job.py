@@ -29,6 +29,8 @@ OFFLINE = {
 }
 # Same bytes from the same machine: sets are ordered alike, and cuBLAS has one workspace.
 DETERMINISTIC = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TOKENIZERS_PARALLELISM": "false"}
+# The libraries are pinned, so what they will rename some day is no news to the person who watches a build.
+QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning"}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 
 
@@ -78,7 +80,7 @@ def make_job(stage: str, name: str) -> Job:
         inputs=inputs,
         outputs=[Path(path) for path in section["outputs"].values()],
         work=Path(WORK, f"{stage}-{name}", fingerprint),
-        env={**DETERMINISTIC, **({} if stage in NETWORK_STAGES else OFFLINE)},
+        env={**DETERMINISTIC, **QUIET, **({} if stage in NETWORK_STAGES else OFFLINE)},
         network=stage in NETWORK_STAGES,
     )
 
