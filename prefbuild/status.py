@@ -8,6 +8,7 @@ Not covered: DVC's run cache: a stage that `runs` is restored instead when the s
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ MOST_REASONS = 8  # lines a stage in the text; the JSON has all
 class Change:
     """A stage that is not up to date, and why.
 
-    `state`: `stops` (the build ends here until this is put right), `runs`, `restores` (its outputs are put back from
+    `state`: `stops` (nothing good comes of building until this is put right), `runs`, `restores` (its outputs are put back from
     DVC's cache, nothing runs), or `may run` (only if what it reads comes out different). `name` is the recipe, the
     shared model, data or baseline, or empty for what concerns the project.
     """
@@ -189,16 +190,19 @@ def _stage_changes(
         node = graph[address]
         reasons = _reasons(node, kept.get(address), makers, kept)
         inherited = set().union(*(causes.get(parent, set()) for parent in above[address]))
-        restored = [] if reasons else _lost_outputs(kept[address])
-        if reasons or any("DVC's cache lacks it" in text for text in restored):
+        lost, spoiled = ([], []) if reasons else _lost_outputs(kept[address])
+        if spoiled:
             causes[address] = {address}
-            changes[address] = Change(stage=node.stage, name=node.name, state="runs", reasons=reasons or restored)
+            changes[address] = Change(stage=node.stage, name=node.name, state="stops", reasons=spoiled)
+        elif reasons or any("DVC's cache lacks it" in text for text in lost):
+            causes[address] = {address}
+            changes[address] = Change(stage=node.stage, name=node.name, state="runs", reasons=reasons or lost)
         elif inherited:
             causes[address] = inherited
-            because = [f"because {_because(node, [graph[a] for a in sorted(inherited)])}", *restored]
+            because = [f"because {_because(node, [graph[a] for a in sorted(inherited)])}", *lost]
             changes[address] = Change(stage=node.stage, name=node.name, state="may run", reasons=because)
-        elif restored:
-            changes[address] = Change(stage=node.stage, name=node.name, state="restores", reasons=restored)
+        elif lost:
+            changes[address] = Change(stage=node.stage, name=node.name, state="restores", reasons=lost)
     return [changes[address] for address in graph if address in changes]
 
 
@@ -225,15 +229,33 @@ def _reasons(node: Node, kept: _Kept | None, makers: dict[str, str], all_kept: d
     return reasons
 
 
-def _lost_outputs(kept: _Kept) -> list[str]:
-    lost = []
+def _lost_outputs(kept: _Kept) -> tuple[list[str], list[str]]:
+    """Outputs that are not as they were recorded, and those of them that DVC would put back wrong."""
+    lost, spoiled = [], []
     for path, out in kept.outs.items():
         state = _on_disk(out)
         if state == "not in cache":
             lost.append(f"{path} {'is there' if out.exists else 'is gone'}, but DVC's cache lacks it")
         elif state:
             lost.append(f"{path} {_HAPPENED[state]}; DVC puts its own copy back")
-    return lost
+        if state == "modified":
+            spoiled += [
+                f"{path} changed on disk, and through a hard link in DVC's cache; remove {file} and build again"
+                for file in _spoiled_objects(out)
+            ]
+    return lost, spoiled
+
+
+def _spoiled_objects(out: Any) -> list[str]:
+    """Files of DVC's cache behind an output that are not what their name says, which DVC takes on trust."""
+    hashes = [item for _, _, item in out.get_obj()] if out.hash_info.isdir else [out.hash_info]
+    spoiled = []
+    for item in hashes:
+        file = Path(out.cache.oid_to_path(item.value))
+        with open(file, "rb") as stream:
+            if item.name == "md5" and hashlib.file_digest(stream, "md5").hexdigest() != item.value:
+                spoiled.append(str(file))
+    return spoiled
 
 
 def lock_problems(project: Project, name: str) -> list[str]:

@@ -172,8 +172,8 @@ def test_missing_and_broken_sample_files_are_named(tmp_path):
 
 def test_documents_are_paired_whatever_their_order(tmp_path):
     a = write(tmp_path / "a", [sample(0, acc=1.0), sample(1, acc=0.0), sample(2, acc=1.0)])
-    b = write(tmp_path / "b", [sample(2, acc=1.0), sample(0, acc=0.0), sample(1, acc=0.0)])
-    assert compare_samples(a, b, "k", "acc", 0.95) == paired([1, 0, 1], [0, 0, 1], 0.95)
+    b = write(tmp_path / "b", [sample(2, acc=0.5), sample(0, acc=0.75), sample(1, acc=0.0)])
+    assert compare_samples(a, b, "k", "acc", 0.95) == paired([1, 0, 1], [0.75, 0, 0.5], 0.95)
 
 
 def test_other_documents_are_refused(tmp_path):

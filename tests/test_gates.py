@@ -339,7 +339,16 @@ def base_rules(root: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "no manifest", "edited", "other base", "other model in the record", "report"]
+    "damage",
+    [
+        "missing",
+        "no manifest",
+        "edited",
+        "other base",
+        "evaluated on another base",
+        "other model in the record",
+        "report",
+    ],
 )
 def test_a_bad_baseline_fails_comparisons_only(root, damage):
     if damage == "missing":
@@ -350,6 +359,11 @@ def test_a_bad_baseline_fails_comparisons_only(root, damage):
         edit(root / f"{BASELINE}/{CONCISE}.json", lambda record: record["metrics"].update(exact_match=0.0))
     elif damage == "other base":
         edit(root / BASELINE / "manifest.json", lambda manifest: manifest["inputs"].update(model="sha256:" + "2" * 64))
+    elif damage == "evaluated on another base":
+        shutil.rmtree(root / BASELINE)
+        built.evaluate(
+            root, BASELINE, model="sha256:" + "2" * 64, who="base", stage="baseline", name=Path(BASELINE).name
+        )
     elif damage == "other model in the record":
         edit(root / f"{BASELINE}/{CONCISE}.json", lambda record: record.update(model_digest="sha256:" + "2" * 64))
         seal(root, BASELINE)

@@ -14,7 +14,7 @@ import pytest
 import prefbuild
 from prefbuild.artifact import canonical_json, verify_artifact, write_json
 from prefbuild.errors import PrefbuildError, PromotionRefused, UsageError
-from prefbuild.promote import promote
+from prefbuild.promote import directory, promote
 from prefbuild.promote.publishable import check_publishable, find_secret
 from tests import built
 from tests.built import BASE, BASELINE, FILES, KEYS, edit, edit_lines, git, lock, seal, write
@@ -274,6 +274,28 @@ def test_a_link_in_place_of_a_file_is_refused_and_named(root):
     shutil.move(path, root / "elsewhere")
     path.symlink_to(root / "elsewhere")
     assert refused(root).startswith("build/x/merged/model.safetensors: an artifact holds plain files and folders only")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("build/x/merged/model.safetensors", r"registry/x/\.tmp-\w+/merged: read back as sha256:\w+, the gate judged "),
+        (
+            "build/x/adapter/adapter_model.safetensors",
+            r"registry/x/\.tmp-\w+/adapter: read back as sha256:\w+, the gate ",
+        ),
+        ("build/x/train.json", r"build/x/train\.json: changed while it was being promoted"),
+    ],
+)
+def test_a_file_that_changes_after_it_was_verified_is_refused(root, monkeypatch, file, says):
+    write_version = directory._write
+
+    def change_first(*arguments: object, **keywords: object) -> None:
+        flip(root / file)
+        write_version(*arguments, **keywords)
+
+    monkeypatch.setattr(directory, "_write", change_first)
+    assert re.search(says, refused(root))
 
 
 # ---- forged, in growing numbers of files

