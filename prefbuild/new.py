@@ -74,7 +74,7 @@ def new(start: Path, name: str, *, like: str | None = None) -> list[str]:
         text = TEMPLATE.read_text(encoding="utf-8").format(name=name)
     else:
         pattern = root / "recipes" / f"{like}.yaml"
-        if not pattern.is_file():
+        if not NAME.fullmatch(like) or not pattern.is_file():
             there = ", ".join(sorted(path.stem for path in (root / "recipes").glob("*.yaml"))) or "none"
             raise UsageError(f"{like}: no such recipe to copy; there are: {there}")
         text = pattern.read_text(encoding="utf-8")

@@ -112,9 +112,10 @@ def sync(project: Project, *, check: bool = False) -> list[str]:
             changed.append(path)
             if not check:
                 shutil.rmtree(file.parent)
+    resolved = resolve(project, pinned=False)
     for file in sorted((project.root / RESOLVED).rglob("*.json")):
         path = file.relative_to(project.root).as_posix()
-        if path not in resolve(project, pinned=False):
+        if path not in resolved:
             changed.append(path)
             if not check:
                 file.unlink()

@@ -476,6 +476,13 @@ def test_a_forged_evaluate_json_fails(root):
     assert not exact["passed"]
 
 
+def test_a_forged_count_in_evaluate_json_fails(root):
+    edit(root / "build/x/evaluate.json", lambda scores: scores["concise"].update(n=4000))
+    (artifact, count) = rules(root, gate("evaluate.concise.n", min=1000))
+    assert artifact["says"] == f"build/x/evaluate.json: concise is not what build/x/evaluate/{CONCISE}.json measured"
+    assert not count["passed"]
+
+
 @pytest.mark.parametrize(
     "asked", [{"min": 0.9}, {"max": 1.0}, {"min_delta": 0.1}, {"min_delta": 0.1, "confidence": 0.9}]
 )

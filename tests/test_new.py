@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-from project import ROOT, run
+from project import ROOT, git, run
 
 from prefbuild import new as module
 from prefbuild.errors import UsageError
 from prefbuild.new import new
+from prefbuild.pipeline import sync
 from prefbuild.recipe import load_recipes, schema_text
+from prefbuild.resolve import load_project
 
 
 def test_an_empty_folder_becomes_a_project_that_dvc_accepts(tmp_path: Path) -> None:
@@ -52,6 +54,17 @@ def test_a_pattern_that_is_not_there_is_said(tmp_path: Path) -> None:
     new(tmp_path, "first")
     with pytest.raises(UsageError, match=r"^nine: no such recipe to copy; there are: first$"):
         new(tmp_path, "second", like="nine")
+    with pytest.raises(UsageError, match=r"^\.\./params: no such recipe to copy; there are: first$"):
+        new(tmp_path, "second", like="../params")
+
+
+def test_a_folder_of_a_larger_repository_becomes_a_project(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "models").mkdir()
+    new(tmp_path / "models", "first")
+    assert not (tmp_path / "models/.git").exists()
+    sync(load_project(tmp_path / "models"))
+    assert "resolve:" in run(tmp_path / "models", "dvc", "status")
 
 
 @pytest.mark.parametrize(

@@ -660,6 +660,14 @@ def test_values_of_secret_variables(monkeypatch, variable, value, found):
     assert (find_secret(f"x{value}y".encode()) is not None) == found
 
 
+def test_a_secret_is_found_as_json_writes_it(monkeypatch):
+    secret = 'pä"ss\\word0123'
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    for text in (secret, json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
+        assert find_secret(text.encode()) == "the value of the environment variable DB_PASSWORD"
+    assert find_secret(b"password") is None
+
+
 def test_a_secret_in_a_safetensors_header_is_found_and_tensors_are_not_read(tmp_path):
     import numpy
     from safetensors.numpy import save_file
