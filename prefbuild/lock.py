@@ -11,6 +11,10 @@
       recipes/concise/concise.yaml:
         name: concise
         files: [{path, size, sha256}]     the YAML, what it includes, its data and its code
+    images:                       by role; left out while no image is pinned. Written by `prefbuild image`
+      cpu:
+        id: sha256:..                     the engine's image ID: the digest of the image's configuration
+        repo_digest: name@sha256:..       the same image in a registry; null for one that is in none
 
 Covered: every file that a recipe, or a task YAML of the project, names. Not covered: files that a task's Python
 code opens or imports by itself.
@@ -31,6 +35,9 @@ from prefbuild.taskfile import is_task_file, read_task
 LOCK = "prefbuild.lock.yaml"
 HEADER = "# Written by `prefbuild lock` from the recipes. Commit it; don't edit it.\n"
 HEX = re.compile(r"[0-9a-f]{64}")
+ROLE = re.compile(r"[a-z0-9-]{1,32}")
+IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
+REPO_DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 
 Lock = dict[str, Any]
 Entry = dict[str, Any]
@@ -40,7 +47,7 @@ def read_lock(root: Path) -> Lock:
     """The project's lock; an empty one when there is no file. RecipeError says what is malformed, file and line."""
     path = root / LOCK
     if not path.exists():
-        return {"version": 1, "sources": {}, "tasks": {}}
+        return {"version": 1, "sources": {}, "tasks": {}, "images": {}}
     document = yamlfile.load(path)
     problem = _malformed(document.data)
     if problem:
@@ -49,7 +56,12 @@ def read_lock(root: Path) -> Lock:
             f"{document.where(tuple(keys))}: {'.'.join(keys)}: {what}; "
             f"take the file from git again, or delete it and run `prefbuild lock`"
         ])  # fmt: skip
-    lock: Lock = document.data
+    images = document.data.get("images", {})
+    problem = _malformed_images(images)
+    if problem:
+        keys, what = problem
+        raise RecipeError([f"{document.where(tuple(keys))}: {'.'.join(keys)}: {what}"])
+    lock: Lock = {**document.data, "images": images}
     return lock
 
 
@@ -81,7 +93,7 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None)
             key = task_key(task)
             if key not in tasks:
                 tasks[key] = _pin_task(root, name, task, old["tasks"].get(key), lines)
-    new: Lock = {"version": 1, "sources": entries, "tasks": tasks}
+    new: Lock = {"version": 1, "sources": entries, "tasks": tasks, "images": old["images"]}
     for kind in ("sources", "tasks"):
         rest = {key: entry for key, entry in old[kind].items() if key not in new[kind]}
         if names is None:
@@ -90,8 +102,30 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None)
             new[kind].update(rest)
         new[kind] = dict(sorted(new[kind].items()))
     if new != old:
-        write_atomic(root / LOCK, HEADER + yamlfile.dump(new))
+        _write(root, new)
     return lines
+
+
+def pin_image(root: Path, role: str, entry: Entry) -> list[str]:
+    """Write a role's image `{id, repo_digest}` into the lock; returns a line for what changed, none when nothing did."""
+    old = read_lock(root)
+    before = old["images"].get(role)
+    if before == entry:
+        return []
+    _write(root, {**old, "images": dict(sorted({**old["images"], role: entry}.items()))})
+    if before is None:
+        return [f"pinned image {role}: {entry['id']}"]
+    if before["id"] != entry["id"]:
+        return [f"changed image {role}: {before['id'][:19]}.. -> {entry['id']}"]
+    return [f"changed image {role}: repo_digest {before['repo_digest']} -> {entry['repo_digest']}"]
+
+
+def locked_image(lock: Lock, role: str) -> Entry:
+    """The entry of a role's image. LockError when it is not pinned."""
+    if role not in lock["images"]:
+        raise LockError(f"image {role} is not pinned; run `prefbuild image build {role}`")
+    entry: Entry = lock["images"][role]
+    return entry
 
 
 def locked(lock: Lock, node: str, *, name: str = "") -> Entry:
@@ -142,6 +176,11 @@ def task_key(task: Task) -> str:
     if task.data is None:
         return task.task
     return f"{task.task}[{','.join(f'{split}={path}' for split, path in sorted(task.data.items()))}]"
+
+
+def _write(root: Path, lock: Lock) -> None:
+    # No empty `images`, so that locks from before there were images keep their bytes.
+    write_atomic(root / LOCK, HEADER + yamlfile.dump({k: v for k, v in lock.items() if k != "images" or v}))
 
 
 def _command(name: str) -> str:
@@ -245,8 +284,26 @@ def _malformed(data: Any) -> tuple[list[str], str] | None:
             wheel = entry.get("wheel")
             if "wheel" in entry and not (isinstance(wheel, dict) and HEX.fullmatch(str(wheel.get("sha256")))):
                 return [kind, key, "wheel"], "is not a filename and a sha256"
-    unknown = set(data) - {"version", "sources", "tasks"}
-    return ([min(unknown)], "is not a key of the lock") if unknown else None
+    unknown = set(data) - {"version", "sources", "tasks", "images"}
+    return ([min(unknown, key=str)], "is not a key of the lock") if unknown else None
+
+
+def _malformed_images(images: Any) -> tuple[list[str], str] | None:
+    """The first thing that is wrong with `images`: its keys, and what is wrong and how to mend it."""
+    if not isinstance(images, dict):
+        return ["images"], "holds no entries; remove the key"
+    for role, entry in images.items():
+        again = f"remove the entry and run `prefbuild image build {role}`, or `prefbuild image lock {role} REFERENCE`"
+        if not isinstance(role, str) or not ROLE.fullmatch(role):
+            return ["images", str(role)], "is not a role: lower-case letters, digits and -, 32 at most; remove it"
+        if not isinstance(entry, dict) or set(entry) != {"id", "repo_digest"}:
+            return ["images", role], f"has not the keys id, repo_digest; {again}"
+        if not IMAGE_ID.fullmatch(str(entry["id"])):
+            return ["images", role, "id"], f"{entry['id']} is not an image ID (sha256:<64 hex digits>); {again}"
+        if entry["repo_digest"] is not None and not REPO_DIGEST.fullmatch(str(entry["repo_digest"])):
+            what = f"{entry['repo_digest']} is not null or name@sha256:<64 hex digits>; {again}"
+            return ["images", role, "repo_digest"], what
+    return None
 
 
 def _is_pin(pin: Any) -> bool:
