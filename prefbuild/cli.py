@@ -74,6 +74,46 @@ def parser() -> argparse.ArgumentParser:
     sub = command("lock", _lock, "pin what recipes refer to, in prefbuild.lock.yaml", "prefbuild lock smollm2-concise")
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
 
+    images = commands.add_parser(
+        "image",
+        help="make, pin and list the images that stages run in",
+        description="Make, pin and list the images that stages run in.",
+        epilog="example:\n  prefbuild image build cpu\n  prefbuild image list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def image_command(name, run, help, example):  # type: ignore[no-untyped-def]
+        sub = images.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = image_command(
+        "build",
+        _image_build,
+        "make a role's image from containers/ROLE.Dockerfile and pin it",
+        "prefbuild image build cpu\n  prefbuild image build cuda --base registry.example.org/cuda:13.0 --network host",
+    )
+    sub.add_argument("role", metavar="ROLE", help="cpu, cuda, or your own containers/ROLE.Dockerfile")
+    sub.add_argument("--base", metavar="IMAGE", help="build on this image instead of the Dockerfile's")
+    sub.add_argument("--network", metavar="NAME", help="the engine's network for the build, such as host")
+
+    sub = image_command(
+        "lock",
+        _image_lock,
+        "pin an image that the engine has",
+        "prefbuild image lock cuda registry.example.org/prefbuild-cuda@sha256:...",
+    )
+    sub.add_argument("role", metavar="ROLE", help="the role it is for, such as cpu")
+    sub.add_argument("reference", metavar="REFERENCE", help="name@sha256:..., a tag, or an image ID")
+
+    image_command("list", _image_list, "what is pinned, and what the engine has of it", "prefbuild image list")
+
     sub = command("sync", _sync, "write the DVC files the recipes ask for", "prefbuild sync --check")
     sub.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
 
@@ -187,6 +227,27 @@ def _lock(arguments: argparse.Namespace) -> int:
     recipes = load_recipes(root)
     changes = lock(root, recipes, known_recipes(arguments.names, recipes) if arguments.names else None)
     print("\n".join(changes) or "prefbuild.lock.yaml: nothing changed")
+    return 0
+
+
+def _image_build(arguments: argparse.Namespace) -> int:
+    from prefbuild.image import build
+
+    print("\n".join(build(_enter_project(), arguments.role, base=arguments.base, network=arguments.network)))
+    return 0
+
+
+def _image_lock(arguments: argparse.Namespace) -> int:
+    from prefbuild.image import lock
+
+    print("\n".join(lock(_enter_project(), arguments.role, arguments.reference)))
+    return 0
+
+
+def _image_list(arguments: argparse.Namespace) -> int:
+    from prefbuild.image import list_images
+
+    print(list_images(_enter_project()))
     return 0
 
 
