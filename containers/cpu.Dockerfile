@@ -8,7 +8,7 @@ RUN packages="libgomp1 libstdc++6" \
  && if ! python3 -c "import ensurepip, venv" 2>/dev/null; then packages="$packages python3 python3-venv"; fi \
  && apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $packages \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the CPU wheels are locked for Python 3.11; give another --base")'
 
 # Some packages come as source; what builds them is pinned as well, so nothing comes in without its hash.

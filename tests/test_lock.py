@@ -8,7 +8,16 @@ import pytest
 
 from prefbuild import yamlfile
 from prefbuild.errors import LockError, RecipeError, UsageError
-from prefbuild.lock import LOCK, check_local, lock, locked, locked_task, read_lock
+from prefbuild.lock import (
+    LOCK,
+    check_local,
+    lock,
+    locked,
+    locked_image,
+    locked_task,
+    pin_image,
+    read_lock,
+)
 from prefbuild.recipe import Recipe, Task
 from prefbuild.sources import node_id
 
@@ -203,6 +212,65 @@ def test_a_malformed_entry_is_named_with_its_line(root: Path) -> None:
     (root / LOCK).write_text("\n".join(lines))
     with pytest.raises(RecipeError, match=rf"^{LOCK}:{key + 1}: sources\.x-train-[0-9a-f]{{6}}\.files: "):
         read_lock(root)
+
+
+# ---- images
+
+ID, OTHER = (f"sha256:{digit * 64}" for digit in "ab")
+
+
+def test_an_image_is_pinned_told_and_kept_by_a_lock_of_the_recipes(root: Path) -> None:
+    lock(root, {"x": make_recipe()})
+    without = (root / LOCK).read_bytes()
+    assert b"images" not in without
+    assert read_lock(root)["images"] == {}
+    cpu, cuda = {"id": ID, "repo_digest": None}, {"id": OTHER, "repo_digest": f"example.org:5000/cuda@{ID}"}
+    assert pin_image(root, "cuda", cuda) == [f"pinned image cuda: {OTHER}"]
+    assert pin_image(root, "cpu", cpu) == [f"pinned image cpu: {ID}"]
+    before = (root / LOCK).read_bytes()
+    assert pin_image(root, "cpu", dict(cpu)) == []
+    assert lock(root, {"x": make_recipe()}) == []
+    (root / "recipes/x/train.jsonl").write_text("another\n")
+    assert len(lock(root, {"x": make_recipe()})) == 1
+    assert list(read_lock(root)["images"].items()) == [("cpu", cpu), ("cuda", cuda)]
+    assert (root / LOCK).read_bytes().partition(b"images:")[2] == before.partition(b"images:")[2]
+    assert locked_image(read_lock(root), "cuda") == cuda
+
+
+def test_a_changed_image_is_told(root: Path) -> None:
+    pin_image(root, "cpu", {"id": ID, "repo_digest": None})
+    assert pin_image(root, "cpu", {"id": OTHER, "repo_digest": None}) == [f"changed image cpu: {ID[:19]}.. -> {OTHER}"]
+    digest = f"x@{ID}"
+    assert pin_image(root, "cpu", {"id": OTHER, "repo_digest": digest}) == [
+        f"changed image cpu: repo_digest None -> {digest}"
+    ]
+
+
+def test_an_image_that_is_not_pinned_is_said_with_the_command(root: Path) -> None:
+    with pytest.raises(LockError) as error:
+        locked_image(read_lock(root), "cpu")
+    assert str(error.value) == "image cpu is not pinned; run `prefbuild image build cpu`"
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        ({"cpu": {"id": "cpu:1", "repo_digest": None}}, "5: images.cpu.id: cpu:1 is not an image ID (sha256:<64 hex"),
+        ({"cpu": {"id": ID.upper(), "repo_digest": None}}, "5: images.cpu.id: SHA256:AAAA"),
+        ({"cpu": {"id": ID, "repo_digest": "x:1"}}, "6: images.cpu.repo_digest: x:1 is not null or name@sha256:<64"),
+        ({"cpu": {"id": ID}}, "4: images.cpu: has not the keys id, repo_digest; remove the entry and run"),
+        ({"cpu": {"id": ID, "repo_digest": None, "tag": "x"}}, "4: images.cpu: has not the keys id, repo_digest"),
+        ({"CPU": {"id": ID, "repo_digest": None}}, "4: images.CPU: is not a role: lower-case letters, digits and -"),
+        ({"cpu": ID}, "4: images.cpu: has not the keys id, repo_digest"),
+        ([], "images: holds no entries; remove the key"),
+    ],
+)
+def test_a_malformed_image_is_refused_with_file_and_line(root: Path, images: Any, says: str) -> None:
+    (root / LOCK).write_text(yamlfile.dump({"version": 1, "sources": {}, "tasks": {}, "images": images}))
+    with pytest.raises(RecipeError) as error:
+        read_lock(root)
+    assert str(error.value).startswith(f"{LOCK}:")
+    assert says in str(error.value)
 
 
 # ---- tasks
