@@ -255,13 +255,13 @@ def test_an_image_that_is_not_pinned_is_said_with_the_command(root: Path) -> Non
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        ({"cpu": {"id": "cpu:1", "repo_digest": None}}, "5: images.cpu.id: cpu:1 is not an image ID (sha256:<64 hex"),
-        ({"cpu": {"id": ID.upper(), "repo_digest": None}}, "5: images.cpu.id: SHA256:AAAA"),
-        ({"cpu": {"id": ID, "repo_digest": "x:1"}}, "6: images.cpu.repo_digest: x:1 is not null or name@sha256:<64"),
-        ({"cpu": {"id": ID}}, "4: images.cpu: has not the keys id, repo_digest; remove the entry and run"),
-        ({"cpu": {"id": ID, "repo_digest": None, "tag": "x"}}, "4: images.cpu: has not the keys id, repo_digest"),
-        ({"CPU": {"id": ID, "repo_digest": None}}, "4: images.CPU: is not a role: lower-case letters, digits and -"),
-        ({"cpu": ID}, "4: images.cpu: has not the keys id, repo_digest"),
+        ({"cpu": {"id": "cpu:1", "repo_digest": None}}, "6: images.cpu.id: cpu:1 is not an image ID (sha256:<64 hex"),
+        ({"cpu": {"id": ID.upper(), "repo_digest": None}}, "6: images.cpu.id: SHA256:AAAA"),
+        ({"cpu": {"id": ID, "repo_digest": "x:1"}}, "7: images.cpu.repo_digest: x:1 is not null or name@sha256:<64"),
+        ({"cpu": {"id": ID}}, "5: images.cpu: has not the keys id, repo_digest; remove the entry and run"),
+        ({"cpu": {"id": ID, "repo_digest": None, "tag": "x"}}, "5: images.cpu: has not the keys id, repo_digest"),
+        ({"CPU": {"id": ID, "repo_digest": None}}, "5: images.CPU: is not a role: lower-case letters, digits and -"),
+        ({"cpu": ID}, "5: images.cpu: has not the keys id, repo_digest"),
         ([], "images: holds no entries; remove the key"),
     ],
 )
