@@ -41,8 +41,9 @@ class Engine:
     def start(self) -> None:
         """Start dockerd and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # One that was killed leaves its pid behind; dockerd does not start over a pid that lives again.
+        # One that was killed leaves its pids behind; dockerd does not start over a pid that lives again.
         (self.folder / "pid").unlink(missing_ok=True)
+        self._containerd_pid().unlink(missing_ok=True)
         command = [
             "dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none",
             f"--data-root={self.folder}/data", f"--exec-root={self.folder}/exec",
@@ -73,10 +74,11 @@ class Engine:
             return False
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send dockerd a signal and wait for its end. By SIGKILL, containerd and the containers live on."""
+        """Send dockerd a signal and wait for its end. By SIGKILL, or with live_restore, the containers live on."""
         assert self.process is not None
         self.process.send_signal(number)
         self.process.wait(timeout=60)
+        self._wait_for_containerd()
 
     def restart(self) -> None:
         """Stop dockerd in good order and start it again; without live_restore its containers are stopped."""
@@ -84,33 +86,46 @@ class Engine:
         self.start()
 
     def stop(self) -> None:
-        """Stop all of it and remove what it kept."""
-        if self.process is not None and self.process.poll() is None:
+        """Stop all of it, containers too, and remove what it kept."""
+        if self.process is not None:
+            if self.process.poll() is not None:
+                self.start()  # only an engine that runs can end what a killed one left
+            self.remove_containers()
             self.kill(signal.SIGTERM)
-        self._stop_containerd()
         for mount in reversed(_mounts_under(self.folder)):
             subprocess.run(["umount", "--lazy", mount], check=False, stderr=subprocess.DEVNULL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_containers(self) -> None:
+        """End and remove all containers."""
+        import docker
+
+        client = docker.DockerClient(base_url=self.host)
+        for container in client.api.containers(all=True, quiet=True):
+            client.api.remove_container(container["Id"], force=True)
+        client.close()
 
     def log(self) -> str:
         """What dockerd has written."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def _stop_containerd(self) -> None:
-        # A killed dockerd leaves its containerd, whose pid is in a file of its own.
-        path = self.folder / "exec" / "containerd" / "containerd.pid"
+    def _containerd_pid(self) -> Path:
+        return self.folder / "exec" / "containerd" / "containerd.pid"
+
+    def _wait_for_containerd(self) -> None:
+        # It dies with its dockerd, but a little later, and a new dockerd would take it for one that serves.
         try:
-            pid = int(path.read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            command = Path(f"/proc/{int(self._containerd_pid().read_text())}/cmdline")
         except (OSError, ValueError):
             return
-        if str(self.folder).encode() in command:
-            os.kill(pid, signal.SIGTERM)
-            for _ in range(100):
-                if not Path(f"/proc/{pid}").exists():
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                if str(self.folder).encode() not in command.read_bytes():
                     return
-                time.sleep(0.1)
-            os.kill(pid, signal.SIGKILL)
+            except OSError:
+                return
+            time.sleep(0.02)
 
 
 def start(folder: Path, *, live_restore: bool = False) -> Engine:
@@ -170,16 +185,14 @@ def _shared_engine(factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _stop_by_pid(folder: Path) -> None:
     # The worker that started it may have ended, so its process is known by its pid file alone.
-    try:
-        pid = int((folder / "pid").read_text())
-        os.kill(pid, signal.SIGTERM)
-        for _ in range(300):
-            if not (folder / "pid").exists():
-                break
+    engine = Engine(folder)
+    if engine.answers():
+        engine.remove_containers()
+        os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while (folder / "pid").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-    except (OSError, ValueError):
-        pass
-    Engine(folder).stop()
+    engine.stop()
 
 
 @pytest.fixture(scope="session")
