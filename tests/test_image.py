@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ SMALL = "ARG BASE=prefbuild-test-base\nFROM ${BASE}\n"
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return empty_project(tmp_path / "project")
+def root(tmp_path: Path) -> Iterator[Path]:
+    folder = empty_project(tmp_path / "project")
+    yield folder
+    if (folder / LOCK).exists():
+        remove_images(folder)
 
 
 def build(root: Path, role: str, base: str, *more: str, code: int = 0, **env: str) -> str:
@@ -38,6 +43,18 @@ def build(root: Path, role: str, base: str, *more: str, code: int = 0, **env: st
 def write_role(root: Path, role: str, text: str) -> None:
     (root / "containers").mkdir(exist_ok=True)
     (root / "containers" / f"{role}.Dockerfile").write_text(text)
+
+
+def remove_images(root: Path) -> None:
+    """Remove what a test has built, but the CPU image of this code, which other tests use."""
+    import docker
+
+    for id in set(re.findall(r"^    id: (sha256:[0-9a-f]{64})$", (root / LOCK).read_text(), re.MULTILINE)):
+        client = docker.from_env()
+        with suppress(docker.errors.ImageNotFound):
+            labels = client.images.get(id).labels
+            if (labels["prefbuild.role"], labels["prefbuild.code"]) != ("cpu", image.code_digest()):
+                client.images.remove(id, force=True)
 
 
 def pinned(root: Path, role: str) -> str:
@@ -126,7 +143,8 @@ def test_a_base_for_a_dockerfile_that_takes_none_is_refused(root: Path) -> None:
     )
 
 
-def test_a_tag_in_the_lock_is_refused_with_its_line(root: Path) -> None:
+def test_a_tag_in_the_lock_is_refused_with_its_line(tmp_path: Path) -> None:
+    root = empty_project(tmp_path / "project")
     document = {"version": 1, "sources": {}, "tasks": {}, "images": {"cpu": {"id": "cpu:latest", "repo_digest": None}}}
     (root / LOCK).write_text(yamlfile.dump(document))
     assert run(root, "prefbuild", "image", "list", code=3) == (
@@ -135,7 +153,8 @@ def test_a_tag_in_the_lock_is_refused_with_its_line(root: Path) -> None:
     )
 
 
-def test_the_list_works_without_an_engine(root: Path) -> None:
+def test_the_list_works_without_an_engine(tmp_path: Path) -> None:
+    root = empty_project(tmp_path / "project")
     entry = {"id": f"sha256:{'a' * 64}", "repo_digest": f"registry.invalid/x@sha256:{'b' * 64}"}
     (root / LOCK).write_text(yamlfile.dump({"version": 1, "sources": {}, "tasks": {}, "images": {"cpu": entry}}))
     lines = run(root, "prefbuild", "image", "list", DOCKER_HOST="unix:///no/such/socket").splitlines()
