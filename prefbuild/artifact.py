@@ -16,6 +16,13 @@ from typing import Any
 from prefbuild.errors import StageError
 
 MANIFEST = "manifest.json"
+KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def canonical_json(value: Any) -> str:
@@ -90,6 +97,36 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
             if relative != MANIFEST:
                 files[relative] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     return dict(sorted(files.items()))
+
+
+def list_special(path: Path) -> list[str]:
+    """A line for everything at or below a path that is not a plain file or folder of this user's, with one name.
+
+    Links are never followed: what an untrusted process left must not be opened before this has passed.
+    """
+    found: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        found.append(f"{error.filename} can't be read ({error.strerror})")
+
+    top: tuple[Any, list[str], list[str]] = (path.parent, [], [path.name])
+    for parent, folders, names in [top, *os.walk(path, onerror=unreadable, followlinks=False)]:
+        for name in sorted(folders) + sorted(names):
+            entry = Path(parent, name)
+            try:
+                about = entry.lstat()
+            except FileNotFoundError:
+                continue
+            kind = KINDS.get(stat.S_IFMT(about.st_mode))
+            if kind is None and about.st_mode & (stat.S_ISUID | stat.S_ISGID) and stat.S_ISREG(about.st_mode):
+                kind = "a setuid file"
+            elif kind is None and stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
+                kind = f"a file with {about.st_nlink} names (hard links)"
+            elif kind is None and about.st_uid != os.getuid():
+                kind = f"owned by user {about.st_uid}"
+            if kind is not None:
+                found.append(f"{entry} is {kind}")
+    return found
 
 
 def write_manifest(folder: Path, *, stage: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:

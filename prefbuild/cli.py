@@ -60,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def runner(sub):  # type: ignore[no-untyped-def]
+        sub.add_argument(
+            "--runner",
+            metavar="RUNNER",
+            help="local or docker; default: PREFBUILD_RUNNER, then `runner:` in ~/.config/prefbuild/settings.yaml, then local",
+        )
+
     sub = command(
         "new",
         _new,
@@ -143,6 +150,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--pull", action="store_true", help="fetch results from the DVC remote instead of making them again"
     )
+    runner(sub)
+
+    sub = command(
+        "clean",
+        _clean,
+        "remove what builds that were killed left behind",
+        "prefbuild clean --containers",
+    )
+    sub.add_argument(
+        "--containers",
+        action="store_true",
+        required=True,
+        help="containers of yours whose prefbuild is gone, in any state",
+    )
 
     sub = command("gates", _gates, "print verdicts; fails when a gate does", "prefbuild gates smollm2-concise")
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
@@ -192,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "name", metavar="NAME", nargs="?", default="report", help="the recipe, or the shared model, data or baseline"
     )
+    runner(sub)
     return top
 
 
@@ -283,10 +305,10 @@ def _resolve(arguments: argparse.Namespace) -> int:
 
 def _stage(arguments: argparse.Namespace) -> int:
     from prefbuild.job import make_job, run_job
-    from prefbuild.runners import RUNNERS
+    from prefbuild.runners import RUNNERS, choose_runner
 
     _enter_project()
-    return run_job(make_job(arguments.stage, arguments.name), RUNNERS["local"])
+    return run_job(make_job(arguments.stage, arguments.name), RUNNERS[choose_runner(arguments.runner)])
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -308,8 +330,17 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     from prefbuild.build import build
+    from prefbuild.runners import choose_runner
 
+    os.environ["PREFBUILD_RUNNER"] = choose_runner(arguments.runner)  # for the stages that DVC starts
     return build(_enter_project(), arguments.names, keep_going=arguments.keep_going, pull=arguments.pull)
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from prefbuild.runners.containers import clean
+
+    print("\n".join(clean()) or "no container of yours is left")
+    return 0
 
 
 def _gates(arguments: argparse.Namespace) -> int:

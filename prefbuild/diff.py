@@ -294,6 +294,9 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
             spelled = key in SPELLED and (stage, key) != ("evaluate", "seed")
             name = "evaluate.tasks" if key == "measurements" else key if spelled else f"{stage}.{key}"
             found |= _leaves(name, value)
+        if stage == "train":
+            found["compute.gpus"] = section.get("gpus")
+            found["compute.image"] = section.get("image")
         if "version" in section:
             found[f"{stage} (version of prefbuild's own stage)"] = section["version"]
     inputs = sections["prepare"]["inputs"]
@@ -428,6 +431,8 @@ def _stale(side: _Side, sections: dict[str, Any]) -> list[str]:
     locked = (YAML(typ="safe").load(text.decode()) or {}).get("stages", {}) if text else {}
     changed = []
     for stage, section in sections.items():
+        if stage == "compute":
+            continue  # changes no result
         was = locked.get(stage, {}).get("params", {}).get(f"{RESOLVED}/{side.recipe}.json", {}).get(stage, ABSENT)
         if was is not ABSENT and was != section:
             changed.append(stage)

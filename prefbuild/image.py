@@ -19,7 +19,8 @@ from prefbuild import __version__
 from prefbuild.artifact import digest_of, sha256_file
 from prefbuild.engine import address, connect
 from prefbuild.errors import LockError, StageError, UsageError
-from prefbuild.lock import IMAGE_ID, ROLE, pin_image, read_lock
+from prefbuild.lock import IMAGE_ID, pin_image, read_lock
+from prefbuild.recipe import ROLE
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -176,7 +177,7 @@ def _roles(root: Path) -> list[str]:
 
 
 def _check_role(role: str) -> None:
-    if not ROLE.fullmatch(role):
+    if not re.fullmatch(ROLE, role):
         raise UsageError(f"{role}: is no role of an image; use lower-case letters, digits and -, at most 32")
 
 

@@ -28,14 +28,13 @@ from typing import Any
 from prefbuild import sources, yamlfile
 from prefbuild.artifact import sha256_file, write_atomic
 from prefbuild.errors import LockError, RecipeError, UsageError
-from prefbuild.recipe import Recipe, Task
+from prefbuild.recipe import ROLE, Recipe, Task
 from prefbuild.sources import file
 from prefbuild.taskfile import is_task_file, read_task
 
 LOCK = "prefbuild.lock.yaml"
 HEADER = "# Written by `prefbuild lock` from the recipes. Commit it; don't edit it.\n"
 HEX = re.compile(r"[0-9a-f]{64}")
-ROLE = re.compile(r"[a-z0-9-]{1,32}")
 IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
 REPO_DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 
@@ -294,7 +293,7 @@ def _malformed_images(images: Any) -> tuple[list[str], str] | None:
         return ["images"], "holds no entries; remove the key"
     for role, entry in images.items():
         again = f"remove the entry and run `prefbuild image build {role}`, or `prefbuild image lock {role} REFERENCE`"
-        if not isinstance(role, str) or not ROLE.fullmatch(role):
+        if not isinstance(role, str) or not re.fullmatch(ROLE, role):
             return ["images", str(role)], "is not a role: lower-case letters, digits and -, 32 at most; remove it"
         if not isinstance(entry, dict) or set(entry) != {"id", "repo_digest"}:
             return ["images", role], f"has not the keys id, repo_digest; {again}"

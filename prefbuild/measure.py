@@ -47,6 +47,7 @@ def measure(
         "model_digest": model_digest,
         "dtype": dtype,
         "device": device,
+        "image": os.environ.get("PREFBUILD_IMAGE"),
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")},
     }
     cache = writable(cache, work)

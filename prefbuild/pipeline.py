@@ -54,7 +54,7 @@ def nodes(resolved: Resolved) -> list[Node]:
     found = []
     for path, sections in resolved.items():
         for stage, section in sections.items():
-            if stage != "promote":
+            if stage not in ("promote", "compute"):
                 found.append(Node(stage=stage, name=Path(path).stem, resolved=path, section=section))
     order = ["model", "data", "prepare", "train", "merge", "evaluate", "baseline", "gate", "report"]
     return sorted(found, key=lambda node: (node.name if node.stage in RECIPE_STAGES else "", order.index(node.stage)))

@@ -298,6 +298,56 @@ class Evaluate(Strict):
     batch_size: int = Field(default=8, ge=1, description="Documents at once.")
 
 
+# ---- where stages run
+
+# Units are binary, as engines and GPUs count memory.
+Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(MiB|GiB|TiB)$")]
+Duration = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(s|m|h|d)$")]
+ROLE = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
+
+
+class Compute(Strict):
+    """What a recipe's stages get. GPUs and image change results; the limits do not, and a change of them runs nothing again."""
+
+    gpus: int = Field(
+        default=0, ge=0, le=1, description="GPUs to train, merge and evaluate on. 0 is the CPU, even beside a GPU."
+    )
+    gpu_memory: Size | None = Field(
+        default=None, description="Memory that each GPU must have, as in 24GiB. 5 % less will do: cards differ."
+    )
+    image: str | None = Field(
+        default=None,
+        pattern=ROLE,
+        description="The role of the image that stages run in, as in cuda, which is built from "
+        "containers/cuda.Dockerfile. Default: cuda with GPUs, cpu without.",
+    )
+    memory: Size | None = Field(
+        default=None, description="Memory of a stage's container, as in 16GiB. Default: what the engine's machine has."
+    )
+    shm_size: Size = Field(
+        default="1GiB", description="Shared memory of a stage's container, as in 1GiB. Data loaders use it."
+    )
+    tmp_size: Size = Field(default="1GiB", description="Size of /tmp in a stage's container, as in 1GiB.")
+    pids: int = Field(default=4096, ge=16, description="Processes and threads of a stage's container.")
+    time_limit: Duration | None = Field(default=None, description="Longest run of a stage, as in 90m or 4h.")
+
+    @property
+    def role(self) -> str:
+        """The image's role."""
+        return self.image or ("cuda" if self.gpus else "cpu")
+
+
+def size_bytes(size: str) -> int:
+    """Bytes of a Size."""
+    number, unit = size[:-3], size[-3:]
+    return int(float(number) * 2 ** {"MiB": 20, "GiB": 30, "TiB": 40}[unit])
+
+
+def seconds(duration: str) -> float:
+    """Seconds of a Duration."""
+    return float(duration[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[duration[-1]]
+
+
 # ---- gates, promote
 
 # The numbers that a gate can ask for, besides evaluate.<task>.<metric>
@@ -392,6 +442,7 @@ class Recipe(Strict):
     evaluate: Evaluate = Field(description="What is measured, on the model and on its base.")
     gates: list[Gate] = Field(min_length=1, description="What the metrics must show before the model may be promoted.")
     promote: Promote | None = Field(default=None, description="Where it is published. Left out: it can't be.")
+    compute: Compute = Field(default_factory=Compute, description="What its stages get: GPUs, an image, limits.")
 
 
 class EvaluateDefaults(Strict):
@@ -417,6 +468,7 @@ class Defaults(Strict):
     seed: int | None = Field(default=None, ge=0, lt=2**32, description="See seed in a recipe.")
     train: TrainDefaults = Field(default_factory=TrainDefaults, description="Inherited by train.")
     evaluate: EvaluateDefaults = Field(default_factory=EvaluateDefaults, description="Inherited by evaluate.")
+    compute: Compute = Field(default_factory=Compute, description="Inherited by compute.")
 
 
 def json_schema() -> dict[str, Any]:
@@ -526,6 +578,8 @@ def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
     for section, inherited in (("train", defaults.train), ("evaluate", defaults.evaluate)):
         if isinstance(data.get(section), dict):
             data[section] = inherited.model_dump(exclude_none=True) | data[section]
+    if isinstance(data.setdefault("compute", {}), dict):
+        data["compute"] = defaults.compute.model_dump(exclude_unset=True) | data["compute"]
     return data
 
 
@@ -689,6 +743,21 @@ OTHER_KEYS = {
     "registry": "promote",
     "notes": "description",
     "title": "description",
+    "resources": "compute",
+    "container": "compute",
+    "docker": "compute",
+    "hardware": "compute",
+    "gpu": "compute.gpus",
+    "num_gpus": "compute.gpus",
+    "n_gpus": "compute.gpus",
+    "gpu_count": "compute.gpus",
+    "vram": "compute.gpu_memory",
+    "mem": "compute.memory",
+    "mem_limit": "compute.memory",
+    "ram": "compute.memory",
+    "shm": "compute.shm_size",
+    "pids_limit": "compute.pids",
+    "timeout": "compute.time_limit",
 }
 
 # Names that have no place here, and what to do instead
@@ -733,8 +802,7 @@ NOT_HERE = {
     "hub_model_id": _HUB,
     "deepspeed": "training on several devices does not exist here yet; remove it",
     "fsdp": "training on several devices does not exist here yet; remove it",
-    "gpus": "a recipe does not say where it runs; remove it",
-    "runner": "a recipe does not say where it runs; remove it",
+    "runner": "a recipe does not say what runs it; remove it, and see --runner of prefbuild build",
     "eval_steps": "the held-out rows are measured at the end; remove it",
     "eval_strategy": "the held-out rows are measured at the end; remove it",
     "save_strategy": "checkpoints are kept every save_steps; remove it",
@@ -885,6 +953,11 @@ def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[
             return loc, f"is {show(value)}; {words[sign]} {show(context[sign]).removesuffix('.0')} is wanted"
         case "too_short":
             return loc, "is an empty list; at least one item is wanted"
+        case "string_pattern_mismatch" if loc == ("compute", "image"):
+            return (
+                loc,
+                f"{show(value)} is no role; name one such as cpu, and pin the image with `prefbuild image lock cpu {value}`",
+            )
         case "string_pattern_mismatch" if field:
             return loc, f"is {kind(value)}; wanted: {_first_sentence(field)}"
         case "value_error":

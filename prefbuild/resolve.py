@@ -2,8 +2,10 @@
 
     resolve(project) -> {"build/.resolved/<name>.json": {"prepare": section, "train": section, ...}, ...}
 
-A section is all a stage is told: {"version", "inputs": {role: path}, "outputs": {role: path}, "settings"}.
-`version` is raised below when a stage's code changes what it makes from the same settings.
+A section is all a stage is told: {"version", "image", "gpus", "inputs": {role: path}, "outputs": {role: path},
+"settings"}. `version` is raised below when a stage's code changes what it makes from the same settings; `image` is the
+ID of the image it runs in, null when none is locked. Beside the sections stands "compute": what a runner must know and
+what changes no result (limits, where the image is found), so a change there runs nothing again.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ from typing import Any
 from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, write_atomic
 from prefbuild.errors import LockError, UsageError
-from prefbuild.recipe import Defaults, Recipe, Task, load_defaults, load_recipes
+from prefbuild.recipe import Compute, Defaults, Recipe, Task, load_defaults, load_recipes, seconds, size_bytes
 from prefbuild.sources import node_id, title
 
 STAGE_VERSIONS = {
@@ -29,6 +31,7 @@ STAGE_VERSIONS = {
     "report": 1,
     "promote": 1,
 }
+GPU_STAGES = {"train", "merge", "evaluate", "baseline"}
 SHARED_STAGES = {"model": "models", "data": "data", "baseline": "baselines"}
 RESOLVED = "build/.resolved"
 # lm-evaluation-harness' own default. Not the recipe's seed, so that recipes with other seeds share a baseline.
@@ -91,21 +94,24 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
             return None
 
     resolved: Resolved = {}
+    computes: dict[str, list[Compute]] = {}  # by resolved file, of every recipe that has a part in it
     measured: dict[str, list[tuple[Recipe, list[dict[str, Any]]]]] = {}  # by baseline
     for name, recipe in project.recipes.items():
         base_id = _base_id(recipe)
         measurements = [_measurement(recipe, task, pin(locks.locked_task, task)) for task in recipe.evaluate.tasks]
         measured.setdefault(base_id, []).append((recipe, measurements))
         if recipe.base.source != "recipe":
-            resolved[resolved_path("model", base_id)] = {
-                "model": _fetch_section("model", base_id, recipe.base.model_dump(mode="json"), pin)
-            }
+            path = resolved_path("model", base_id)
+            resolved[path] = {"model": _fetch_section("model", base_id, recipe.base.model_dump(mode="json"), pin)}
+            computes.setdefault(path, []).append(recipe.compute)
         for source in recipe.data.sources:
             data_id = node_id(source.model_dump(mode="json"))
-            resolved[resolved_path("data", data_id)] = {
-                "data": _fetch_section("data", data_id, source.model_dump(mode="json"), pin)
-            }
-        resolved[resolved_path("prepare", name)] = _recipe_sections(project, name, recipe, base_id, measurements)
+            path = resolved_path("data", data_id)
+            resolved[path] = {"data": _fetch_section("data", data_id, source.model_dump(mode="json"), pin)}
+            computes.setdefault(path, []).append(recipe.compute)
+        path = resolved_path("prepare", name)
+        resolved[path] = _recipe_sections(project, name, recipe, base_id, measurements)
+        computes[path] = [recipe.compute]
 
     for base_id, users in measured.items():
         unique = {m["key"]: m for _, measurements in users for m in measurements}
@@ -119,7 +125,13 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
                 seed=EVALUATION_SEED,
             )
         }
+        computes[resolved_path("baseline", base_id)] = [recipe.compute for recipe, _ in users]
     resolved[resolved_path("report", "")] = {"report": _report_section(project)}
+    computes[resolved_path("report", "")] = [recipe.compute for recipe in project.recipes.values()]
+    for path, sections in resolved.items():
+        # What several recipes share runs once: fetching needs the least of their machines, a baseline the largest.
+        choose = max if "baseline" in sections else min
+        _place(sections, choose(computes[path] or [Compute()], key=lambda c: (c.gpus, c.role)), project.lock)
     if unpinned and pinned:
         raise LockError("\n".join(dict.fromkeys(unpinned)))
     return dict(sorted(resolved.items()))
@@ -134,6 +146,24 @@ def write_resolved(root: Path, resolved: Resolved) -> list[str]:
             write_atomic(root / path, text)
             changed.append(path)
     return changed
+
+
+def _place(sections: dict[str, Section], compute: Compute, lock: locks.Lock) -> None:
+    """Say in each section, and beside them, where the stages run."""
+    image = lock.get("images", {}).get(compute.role) or {"id": None, "repo_digest": None}
+    for stage, section in sections.items():
+        if stage != "promote":  # it runs where it is called
+            section.update(image=image["id"], gpus=compute.gpus if stage in GPU_STAGES else 0)
+    sections["compute"] = {
+        "role": compute.role,
+        "repo_digest": image["repo_digest"],
+        "gpu_memory": compute.gpu_memory and size_bytes(compute.gpu_memory),
+        "memory": compute.memory and size_bytes(compute.memory),
+        "shm_size": size_bytes(compute.shm_size),
+        "tmp_size": size_bytes(compute.tmp_size),
+        "pids": compute.pids,
+        "time_limit": compute.time_limit and seconds(compute.time_limit),
+    }
 
 
 def _section(stage: str, inputs: dict[str, Any], outputs: dict[str, str], **settings: Any) -> Section:

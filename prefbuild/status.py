@@ -289,6 +289,10 @@ def differences(stage: str, old: Section, new: Section) -> list[str]:
     lines = []
     if old.get("version") != new["version"]:
         lines.append(f"prefbuild's own {stage} changed (version {show(old.get('version'))} -> {show(new['version'])})")
+    if old.get("gpus", 0) != new["gpus"]:
+        lines.append(f"compute.gpus {old.get('gpus', 0)} -> {new['gpus']}")
+    if old.get("image") != new["image"]:
+        lines.append(f"the image it runs in {_short(old.get('image'))} -> {_short(new['image'])}")
     lines += _differ("", old.get("settings"), new["settings"])
     for key, word in (("inputs", "reads"), ("outputs", "writes")):
         before, after = _paths(old.get(key) or {}), _paths(new[key])
@@ -297,6 +301,10 @@ def differences(stage: str, old: Section, new: Section) -> list[str]:
     if not lines and old != new:
         lines.append("the order of its inputs changed")
     return lines
+
+
+def _short(image: str | None) -> str:
+    return image[:19] if image else "none"
 
 
 def _differ(path: str, old: Any, new: Any) -> list[str]:

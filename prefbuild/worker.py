@@ -1,24 +1,34 @@
 """Run ONE stage in whatever environment it finds itself in: `python -m prefbuild.worker <stage> <name>`.
 
-Covered: no network but for the stages that fetch (Python's own sockets are refused), manifests written last,
-errors as one line and an exit code. Not covered: a sandbox; native code can still open sockets. Containers do that.
+Covered: no network but for the stages that fetch (Python's own sockets are refused), the GPUs that were promised, memory
+and disk that ran out told apart, manifests written last, errors as one line and an exit code. Not covered: a sandbox;
+native code can still open sockets. Containers do that.
 """
 
 import ctypes
+import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import input_digest, write_manifest
 from prefbuild.errors import PrefbuildError, StageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
+from prefbuild.resolve import STAGE_VERSIONS
 from prefbuild.stages import STAGES
 
 LOOPBACK = ("127.", "::1", "localhost")
+GIB = 2**30
+# What safetensors' Rust and torch's zip writer say when the disk is full; Python itself says ENOSPC.
+DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing|unexpected pos \d+")
+# Containers count kills for memory here (cgroup 2, cgroup 1).
+OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 
 
 def main(argv: list[str]) -> int:
@@ -32,25 +42,46 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        traceback.print_exc()
+        print(f"prefbuild: {stage} {name}: {explained}", file=sys.stderr)
+        return StageError.exit_code
     return 0
 
 
 def run_stage(stage: str, name: str) -> None:
     """Run a stage's function, then write the manifest of every folder it left."""
     section = read_section(stage, name)
+    if section["version"] != STAGE_VERSIONS[stage]:
+        raise StageError(
+            f"this is version {STAGE_VERSIONS[stage]} of the stage and version {section['version']} is asked for: "
+            "the image holds another prefbuild; build it anew with `prefbuild image build ROLE`"
+        )
     if stage not in NETWORK_STAGES:
         refuse_network(stage)
+    check_gpus()
     inputs: dict[str, Any] = {
         role: [Path(path) for path in value] if isinstance(value, list) else Path(value)
         for role, value in section["inputs"].items()
     }
-    outputs = {role: Path(path) for role, path in section["outputs"].items()}
+    out = Path(os.environ.get("PREFBUILD_OUT", ""))
+    outputs = {role: out / path for role, path in section["outputs"].items()}
+    work = Path(os.environ.get("PREFBUILD_WORK") or make_job(stage, name).work)
     started = time.monotonic()
     run = importlib.import_module(STAGES[stage]).run
-    run(section["settings"], inputs, outputs, make_job(stage, name).work, name)
-    missing = [str(path) for path in outputs.values() if not path.exists()]
+    run(section["settings"], inputs, outputs, work, name)
+    missing = [section["outputs"][role] for role, path in outputs.items() if not path.exists()]
     if missing:
         raise StageError(f"the stage left no {', '.join(missing)}")
+    killed = killed_for_memory()
+    if killed:
+        raise StageError(
+            f"{killed} of its processes were killed for memory, so its result can't be trusted; "
+            "raise compute.memory, or lower the batch size"
+        )
     digests = {} if stage in NETWORK_STAGES else {role: _digest(value) for role, value in inputs.items()}
     for role, path in outputs.items():
         if path.is_dir() and role not in ("plots", "report"):
@@ -66,6 +97,107 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if os.getppid() != int(parent):  # it died before the call above
         os._exit(137)
+
+
+# ---- what the machine gives
+
+
+def check_gpus() -> None:
+    """StageError unless this process sees and can use the GPUs it was promised: some engines ignore the request."""
+    wanted = int(os.environ.get("PREFBUILD_GPUS") or 0)
+    if not wanted:
+        return
+    import torch
+
+    here = "the container" if "PREFBUILD_IMAGE" in os.environ else "this machine"
+    remedy = (
+        "install the NVIDIA Container Toolkit on the engine's machine and restart the engine (podman ignores the request "
+        "for GPUs without its CDI files), or set compute.gpus: 0"
+        if "PREFBUILD_IMAGE" in os.environ
+        else "run it on a machine with a GPU and its driver, or set compute.gpus: 0"
+    )
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise StageError(
+            f"compute.gpus is {wanted}, and the torch of {here} ({torch.__version__}) computes on no GPU; "
+            "use an image or an environment with a CUDA torch (compute.image: cuda)"
+        )
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < wanted:
+        raise StageError(f"compute.gpus is {wanted}, and {here} sees {found or 'no'} GPU; {remedy}")
+    memory = int(os.environ.get("PREFBUILD_GPU_MEMORY") or 0)
+    for index in range(wanted):
+        about = torch.cuda.get_device_properties(index)
+        if about.total_memory < 0.95 * memory:
+            raise StageError(
+                f"compute.gpu_memory is {memory / GIB:.0f} GiB, and {about.name} has {about.total_memory / GIB:.1f} GiB; "
+                "use a larger GPU, or lower compute.gpu_memory if the recipe fits"
+            )
+        try:
+            torch.ones(8, device=f"cuda:{index}").sum().item()
+        except RuntimeError as error:
+            raise StageError(f"GPU {index} ({about.name}) is there and can't be used: {error}") from None
+        print(f"prefbuild: GPU {index}: {about.name}, {about.total_memory / GIB:.0f} GiB", file=sys.stderr)
+
+
+def killed_for_memory() -> int:
+    """How many processes of this container the kernel killed for memory. 0 outside of containers."""
+    if "PREFBUILD_IMAGE" not in os.environ:
+        return 0
+    for path in OOM_COUNTERS:
+        try:
+            text = Path(path).read_text()
+        except OSError:
+            continue
+        found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+        if found:
+            return int(found[1])
+    return 0
+
+
+def explain(error: BaseException) -> str | None:
+    """What ran out, and what to change; None when it was something else. Looks through an error's causes."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if type(seen).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
+            return (
+                "out of GPU memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps as much), "
+                "set train.gradient_checkpointing: true, lower data.max_length or evaluate.batch_size, "
+                f"or use a larger GPU ({text.splitlines()[0] if text else 'no details'})"
+            )
+        if isinstance(seen, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+            return (
+                f"out of memory; lower the batch size, or raise compute.memory ({text.splitlines()[0] if text else ''})"
+            )
+        if (isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)) or DISK_FULL.search(text):
+            return f"no space left: {full_disks()}"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def full_disks() -> str:
+    """Which of the places a stage writes to are full, and what gives them more room."""
+    places = {
+        "/tmp": "raise compute.tmp_size",
+        "/dev/shm": "raise compute.shm_size",
+        os.environ.get("PREFBUILD_WORK", "."): "free space on the disk that holds build/",
+        os.environ.get("PREFBUILD_OUT", "."): "free space on the disk that holds build/",
+    }
+    in_container = "PREFBUILD_IMAGE" in os.environ
+    full = {}
+    for path, remedy in places.items():
+        try:
+            about = os.statvfs(path)
+        except OSError:
+            continue
+        if about.f_bavail * about.f_frsize < 0.02 * about.f_blocks * about.f_frsize:
+            size = about.f_blocks * about.f_frsize / GIB
+            inside = in_container or path not in ("/tmp", "/dev/shm")
+            full[remedy] = f"{path} ({size:.2f} GiB) is full; {remedy if inside else 'free space there'}"
+    return ", ".join(full.values()) or "free space on the disk that holds build/, or raise compute.tmp_size"
+
+
+# ---- the network
 
 
 def refuse_network(stage: str) -> None:

@@ -106,8 +106,8 @@ def _pins(root: Path, resolved: dict[str, Any]) -> dict[str, Any]:
         kind, node = Path(path).parts[-2:]
         section = root / "build/.resolved" / kind / f"{node}.json"
         if section.exists():  # not for a base that is another recipe's merged model
-            (stage,) = json.loads(section.read_text(encoding="utf-8")).values()
-            pins[path] = stage["settings"]
+            sections = json.loads(section.read_text(encoding="utf-8"))
+            pins[path] = sections["model" if kind == "models" else "data"]["settings"]
     return pins
 
 

@@ -49,7 +49,9 @@ def machine() -> dict[str, str]:
     import trl
 
     cuda = torch.cuda.is_available()
+    image = {"image": os.environ["PREFBUILD_IMAGE"]} if "PREFBUILD_IMAGE" in os.environ else {}
     return {
+        **image,
         "device": torch.cuda.get_device_name()
         if cuda
         else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
