@@ -110,7 +110,8 @@ def list_special(path: Path) -> list[str]:
         found.append(f"{error.filename} can't be read ({error.strerror})")
 
     top: tuple[Any, list[str], list[str]] = (path.parent, [], [path.name])
-    for parent, folders, names in [top, *os.walk(path, onerror=unreadable, followlinks=False)]:
+    is_folder = path.is_dir() and not path.is_symlink()
+    for parent, folders, names in [top, *(os.walk(path, onerror=unreadable) if is_folder else [])]:
         for name in sorted(folders) + sorted(names):
             entry = Path(parent, name)
             try:

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from prefbuild.job import Job
 from prefbuild.runners.stopping import is_alive
 
 LABEL = "prefbuild.owner"
+PATIENCE = 30.0  # seconds; an engine takes up to 15 to shut down
 
 
 def labels_of(job: Job) -> dict[str, str]:
@@ -58,21 +60,28 @@ def remove_stale(client: Any, job: Job) -> None:
 
 
 def remove(client: Any, container: Any) -> None:
-    """Remove a container, running or not. One that can't be removed is named, with what to do."""
+    """Remove a container, running or not, waiting a little for an engine that restarts. Names one that it can't."""
     from docker.errors import APIError, DockerException, NotFound
     from requests import RequestException
 
-    try:
-        client.api.remove_container(container.id, force=True, v=True)
-    except NotFound:
-        pass
-    except (DockerException, RequestException, OSError) as error:
-        if isinstance(error, APIError) and "already in progress" in str(error):
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            client.api.remove_container(container.id, force=True, v=True)
             return
-        print(
-            f"prefbuild: container {container.id[:12]} could not be removed ({error}); `prefbuild clean --containers` does it later",
-            file=sys.stderr,
-        )
+        except NotFound:
+            return
+        except (DockerException, RequestException, OSError) as error:
+            if isinstance(error, APIError) and "already in progress" in str(error):
+                return
+            if time.monotonic() > deadline:
+                print(
+                    f"prefbuild: container {container.id[:12]} could not be removed ({error}); "
+                    "`prefbuild clean --containers` does it later",
+                    file=sys.stderr,
+                )
+                return
+        time.sleep(0.5)
 
 
 def kept(labels: dict[str, str]) -> str:

@@ -318,11 +318,25 @@ def _watch(
                     _say("the engine is back, and the stage went on meanwhile")
                     _reattach(client, running, file, woken)
             if not state["Running"]:
+                if state["ExitCode"] in (137, 143) and not (end.stopped or end.late):
+                    _why_killed(client, running, end)
                 break
         if running.thread is not None:
             running.thread.join(GRACE)
     end.code, end.out_of_memory, end.error = state["ExitCode"], bool(state["OOMKilled"]), state.get("Error") or ""
     return end
+
+
+def _why_killed(client: Any, running: Running, end: "End") -> None:
+    """`docker rm -f` kills first and an engine that shuts down stops its containers first: see what comes next."""
+    from docker.errors import DockerException
+    from requests import RequestException
+
+    time.sleep(POLL)
+    try:
+        end.removed = not client.containers.list(all=True, filters={"id": running.id})
+    except (DockerException, RequestException, OSError):
+        end.engine_gone = True
 
 
 def _reattach(client: Any, running: Running, file: Any, woken: threading.Event) -> None:
