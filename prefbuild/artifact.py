@@ -99,10 +99,10 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(files.items()))
 
 
-def list_special(path: Path) -> list[str]:
-    """A line for everything at or below a path that is not a plain file or folder of this user's, with one name.
+def list_special(path: Path, *, hard_links: bool = False) -> list[str]:
+    """A line for everything at or below a path that is not a plain file or folder of this user's.
 
-    Links are never followed: what an untrusted process left must not be opened before this has passed.
+    With `hard_links` also for files that have a second name: DVC gives its outputs one, in its cache. Links are never followed: what an untrusted process left must not be opened before this has passed.
     """
     found: list[str] = []
 
@@ -121,7 +121,7 @@ def list_special(path: Path) -> list[str]:
             kind = KINDS.get(stat.S_IFMT(about.st_mode))
             if kind is None and about.st_mode & (stat.S_ISUID | stat.S_ISGID) and stat.S_ISREG(about.st_mode):
                 kind = "a setuid file"
-            elif kind is None and stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
+            elif kind is None and hard_links and stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
                 kind = f"a file with {about.st_nlink} names (hard links)"
             elif kind is None and about.st_uid != os.getuid():
                 kind = f"owned by user {about.st_uid}"

@@ -1,10 +1,9 @@
 """What this machine lacks for a recipe, found before hours are spent on it.
 
-Covered: tools, package versions, the lock, disk, links between project and cache, processor or GPU, memory, Docker.
+Covered: tools, package versions, the lock, disk, links between project and cache, processor or GPU, memory, containers.
 Not covered: how long a build takes, other programs that take memory meanwhile, remotes. Sizes are estimates and say so.
 """
 
-import http.client
 import importlib.metadata
 import json
 import math
@@ -12,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefbuild.errors import LockError, StageError
+from prefbuild.lock import locked_image
 from prefbuild.recipe import DPO, Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
+from prefbuild.runners import choose_runner
 from prefbuild.sources import node_id, title
 from prefbuild.status import lock_problems
 
@@ -83,7 +84,9 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
     project = load_project(root)
     known_recipes([name], project.recipes)
     recipe = project.recipes[name]
-    gpus = find_gpus()
+    runner = choose_runner()
+    there = find_gpus()
+    gpus = there[: recipe.compute.gpus]
     shape = shape_of(project, recipe)
     return [
         python(),
@@ -94,9 +97,9 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
         *fetched(project, recipe, network=network),
         *disk(project, name, shape),
         temporary(),
-        *processor(recipe, gpus, shape),
+        *processor(recipe, gpus, shape, idle=len(there) - len(gpus)),
         memory(recipe, gpus, shape),
-        docker(),
+        *containers(project, recipe, runner),
     ]
 
 
@@ -371,20 +374,26 @@ def computes_in_bf16(recipe: Recipe, gpus: list[Gpu]) -> bool:
     return bool(gpus) or bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
-def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> list[Finding]:
-    """GPU or CPU, its bf16, and an optimizer that runs there."""
+def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -> list[Finding]:
+    """GPU or CPU, its bf16, and an optimizer that runs there. `gpus` are those the recipe uses, `idle` the others."""
     findings = []
     tools = [tool for tool in GPU_TOOLS if shutil.which(tool)]
     if gpus:
         findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
-    elif tools:
+    elif recipe.compute.gpus and not tools:
+        fix = "run it on a machine with a GPU and its driver, or set compute.gpus: 0"
+        findings.append(Finding(what="processor", state="missing", found="no GPU", needed="1 GPU", fix=fix))
+    elif recipe.compute.gpus:
         found = f"{tools[0]} is here, but torch sees no GPU"
         fix = "install a torch that suits the driver (pytorch.org, Get started); see also CUDA_VISIBLE_DEVICES"
         findings.append(Finding(what="processor", state="warning", found=found, fix=fix))
     else:
         findings.append(_cpu_finding(recipe, shape))
+        if idle:
+            found = f"{idle} GPU here, and the recipe uses none: compute.gpus is 0"
+            findings.append(Finding(what="GPU", state="ok", found=found))
     if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
-        fix = "set train.optim: adamw_torch; a LoRA adapter's optimizer state is small anyway"
+        fix = "set compute.gpus: 1, or train.optim: adamw_torch; a LoRA adapter's optimizer state is small anyway"
         findings.append(
             Finding(
                 what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
@@ -578,39 +587,59 @@ def _files(project: Project, node: str) -> list[dict[str, Any]]:
     return files
 
 
-# ---- Docker
+# ---- containers
 
 
-def docker() -> Finding:
-    """Whether a daemon answers. Only a note: stages run on this machine unless told otherwise."""
-    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+def containers(project: Project, recipe: Recipe, runner: str) -> list[Finding]:
+    """The engine, the pinned image and the engine's GPUs, where the runner is docker; a note where it is not."""
+    if runner != "docker":
+        found = "not used: stages run on this machine; `--runner docker` runs them in an image"
+        return [Finding(what="containers", state="ok", found=found)]
+    from prefbuild import image
+    from prefbuild.engine import address, connect, find_image
+
+    role, gpus = recipe.compute.role, recipe.compute.gpus
     try:
-        version = _docker_version(host)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return Finding(
-            what="Docker", state="ok", found=f"no daemon at {host} ({error}); not needed, stages run without it"
+        client = connect()
+    except StageError as error:
+        why, _, fix = str(error).partition("; ")
+        return [Finding(what="engine", state="missing", found=why, fix=fix)]
+    version = client.version()
+    findings = [Finding(what="engine", state="ok", found=f"{version['Version']} at {address()}")]
+    make = f"prefbuild image build {role}"
+    try:
+        entry = locked_image(project.lock, role)
+        pinned = find_image(client, entry, role)
+        current = pinned.labels.get("prefbuild.code") == image.code_digest()
+        findings.append(
+            Finding(
+                what="image",
+                state="ok" if current else "warning",
+                found=f"{role}, {entry['id'][:19]}" + ("" if current else ", with other code than this machine"),
+                fix="" if current else f"{make} (what ran in the old image runs again)",
+            )
         )
-    return Finding(what="Docker", state="ok", found=f"{version} at {host}")
+    except (LockError, StageError) as error:
+        findings.append(Finding(what="image", state="missing", found=str(error), fix=make))
+    if gpus:
+        from prefbuild.runners.gpus import device_nodes
 
-
-def _docker_version(host: str) -> str:
-    kind, _, address = host.partition("://")
-    if kind == "unix":
-        connection = http.client.HTTPConnection("localhost", timeout=3)
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(3)
-        connection.sock.connect(address)
-    elif kind in ("tcp", "http"):
-        connection = http.client.HTTPConnection(address.rstrip("/"), timeout=3)
-    else:
-        raise ValueError(f"{kind} is not looked at")
-    try:
-        connection.request("GET", "/version")
-        return str(json.loads(connection.getresponse().read())["Version"])
-    except KeyError:
-        raise ValueError("an answer that is not Docker's") from None
-    finally:
-        connection.close()
+        toolkit = "nvidia" in (client.info().get("Runtimes") or {})
+        nodes = bool(device_nodes(gpus, []))
+        how = (
+            "the engine's NVIDIA runtime"
+            if toolkit
+            else "device nodes and this machine's driver"
+            if nodes
+            else "none seen"
+        )
+        fix = (
+            ""
+            if toolkit or nodes
+            else "install the NVIDIA Container Toolkit and restart the engine, or set compute.gpus: 0"
+        )
+        findings.append(Finding(what="engine's GPUs", state="warning" if fix else "ok", found=how, fix=fix))
+    return findings
 
 
 def _gigabytes(size: float) -> str:

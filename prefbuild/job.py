@@ -150,9 +150,9 @@ def run_job(job: Job, run: Runner) -> int:
     return code
 
 
-def refuse_special(outputs: list[Path]) -> None:
-    """StageError naming every link, device, FIFO, socket, setuid, hard-linked or foreign file in the outputs."""
-    special = [line for path in outputs for line in list_special(path)]
+def refuse_special(outputs: list[Path], *, hard_links: bool = False) -> None:
+    """StageError naming every link, device, FIFO, socket, setuid or foreign file in the outputs; see list_special."""
+    special = [line for path in outputs for line in list_special(path, hard_links=hard_links)]
     if special:
         more = f" and {len(special) - 5} more" if len(special) > 5 else ""
         raise StageError(

@@ -4,16 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-import socketserver
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import RECIPE, ROOT, TASK, git, write_rows
+from project import RECIPE, ROOT, TASK, git, run, write_rows
 
 from prefbuild import doctor as module
 from prefbuild.doctor import (
@@ -21,7 +17,6 @@ from prefbuild.doctor import (
     Gpu,
     Shape,
     disk_need,
-    docker,
     doctor,
     doctor_text,
     gguf_bits,
@@ -178,7 +173,7 @@ def test_an_optimizer_that_needs_a_gpu_is_missing_without_one(project: Path) -> 
     edit(project / "recipes/a.yaml", "method: dpo", "method: dpo\n  optim: paged_adamw_8bit")
     finding = by_what(doctor(project, "a"))["optimizer"]
     assert (finding.state, finding.found) == ("missing", "paged_adamw_8bit without a GPU")
-    assert finding.fix.startswith("set train.optim: adamw_torch")
+    assert finding.fix.startswith("set compute.gpus: 1, or train.optim: adamw_torch")
 
 
 def test_a_base_from_the_index_is_still_to_be_downloaded(project: Path) -> None:
@@ -338,44 +333,28 @@ def test_a_guess_adds_up() -> None:
 # ---- Docker
 
 
-class Daemon(BaseHTTPRequestHandler):
-    """As much of Docker's API as is asked for."""
-
-    def do_GET(self) -> None:
-        body = json.dumps({"Version": "99.1"} if self.path == "/version" else {}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def address_string(self) -> str:
-        return "socket"
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+def test_containers_are_not_asked_for_unless_they_run_stages(project: Path) -> None:
+    finding = by_what(doctor(project, "a"))["containers"]
+    assert finding.state == "ok" and finding.found.startswith("not used: stages run on this machine")
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[str]:
-    path = tmp_path / "docker.sock"
-    with socketserver.ThreadingUnixStreamServer(str(path), Daemon) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"unix://{path}"
-        server.shutdown()
+def test_an_engine_that_does_not_answer_is_missing(project: Path) -> None:
+    text = run(project, "prefbuild", "doctor", "a", code=1, PREFBUILD_RUNNER="docker", DOCKER_HOST="unix:///none/sock")
+    assert "missing  engine" in text and "no container engine answers at unix:///none/sock" in text
 
 
-def test_a_daemon_that_answers_is_named(daemon: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", daemon)
-    assert docker() == Finding(what="Docker", state="ok", found=f"99.1 at {daemon}")
-
-
-@pytest.mark.parametrize("host", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:9", "ssh://somewhere"])
-def test_without_a_daemon_a_build_still_works(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", host)
-    finding = docker()
-    assert finding.state == "ok"
-    assert finding.found.startswith(f"no daemon at {host} (")
-    assert finding.found.endswith("; not needed, stages run without it")
+@pytest.mark.timeout(900)
+def test_the_engine_and_the_image_are_named(project: Path, cpu_image: str) -> None:
+    text = run(project, "prefbuild", "doctor", "a", code=1, PREFBUILD_RUNNER="docker")
+    assert "image cpu is not pinned" in text and "-> prefbuild image build cpu" in text
+    run(project, "prefbuild", "image", "lock", "cpu", cpu_image)
+    text = run(project, "prefbuild", "doctor", "a", PREFBUILD_RUNNER="docker")
+    assert f"cpu, {cpu_image[:19]}\n" in text
+    edit(project / "recipes/a.yaml", "train:\n", "compute: {gpus: 1, image: cpu}\ntrain:\n")
+    if not module.find_gpus():
+        text = run(project, "prefbuild", "doctor", "a", code=1, PREFBUILD_RUNNER="docker")
+        assert "no GPU (needs 1 GPU)" in text
+        assert "install the NVIDIA Container Toolkit" in text
 
 
 # ---- text

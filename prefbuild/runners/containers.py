@@ -59,12 +59,12 @@ def remove_stale(client: Any, job: Job) -> None:
         remove(client, container)
 
 
-def remove(client: Any, container: Any) -> None:
+def remove(client: Any, container: Any, *, patience: float = PATIENCE) -> None:
     """Remove a container, running or not, waiting a little for an engine that restarts. Names one that it can't."""
     from docker.errors import APIError, DockerException, NotFound
     from requests import RequestException
 
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             client.api.remove_container(container.id, force=True, v=True)

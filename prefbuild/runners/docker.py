@@ -23,7 +23,7 @@ from prefbuild.engine import address, connect, find_image
 from prefbuild.errors import LockError, StageError
 from prefbuild.image import code_digest
 from prefbuild.job import WORK, Image, Job, refuse_special
-from prefbuild.runners.containers import labels_of, remove, remove_stale
+from prefbuild.runners.containers import PATIENCE, labels_of, remove, remove_stale
 from prefbuild.runners.gpus import INSIDE as DRIVER_FOLDER
 from prefbuild.runners.gpus import gpu_requests
 from prefbuild.runners.stopping import on_stop
@@ -75,7 +75,7 @@ def run(job: Job) -> int:
         return _finish(job, out, _watch(client, container, job, log, stopping, woken), log)
     finally:
         if container is not None:
-            remove(client, container)
+            remove(client, container, patience=0 if stopping.is_set() else PATIENCE)
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -422,7 +422,7 @@ def _finish(job: Job, out: Path, end: End, log: Path) -> int:
 
 def _take_outputs(job: Job, out: Path) -> None:
     """Move the outputs into the project, all or none, once nothing but plain files and folders is in them."""
-    refuse_special([out])
+    refuse_special([out], hard_links=True)
     missing = [str(path) for path in job.outputs if not (out / path).exists()]
     if missing:
         raise StageError(

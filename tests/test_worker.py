@@ -1,0 +1,47 @@
+"""What a stage says when something runs out."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from prefbuild.worker import explain, killed_for_memory
+
+
+def test_gpu_memory_says_what_to_change() -> None:
+    import torch
+
+    text = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"))
+    assert text is not None
+    assert text.startswith("out of GPU memory; lower train.per_device_train_batch_size")
+    assert "gradient_checkpointing: true" in text and text.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
+def test_memory_of_the_machine() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    text = explain(caught.value)
+    assert text is not None and text.startswith("out of memory; lower the batch size, or raise compute.memory")
+
+
+def test_a_full_disk_is_seen_through_every_library(tmp_path: Path) -> None:
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    for error in (
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 474"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        wrapped,
+    ):
+        text = explain(error)
+        assert text is not None and text.startswith("no space left: "), error
+
+
+def test_other_errors_are_left_alone() -> None:
+    assert explain(ValueError("a bug")) is None
+
+
+def test_nothing_is_counted_outside_of_containers() -> None:
+    assert killed_for_memory() == 0
