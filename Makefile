@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/prefbuild promote $(RECIPE)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

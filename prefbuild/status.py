@@ -289,10 +289,11 @@ def differences(stage: str, old: Section, new: Section) -> list[str]:
     lines = []
     if old.get("version") != new["version"]:
         lines.append(f"prefbuild's own {stage} changed (version {show(old.get('version'))} -> {show(new['version'])})")
-    if old.get("gpus", 0) != new["gpus"]:
-        lines.append(f"compute.gpus {old.get('gpus', 0)} -> {new['gpus']}")
-    if old.get("image") != new["image"]:
-        lines.append(f"the image it runs in {_short(old.get('image'))} -> {_short(new['image'])}")
+    before, after = old.get("gpus", 0), new.get("gpus", 0)
+    if before != after:
+        lines.append(f"compute.gpus {before} -> {after}")
+    if old.get("image") != new.get("image"):
+        lines.append(f"the image it runs in {_short(old.get('image'))} -> {_short(new.get('image'))}")
     lines += _differ("", old.get("settings"), new["settings"])
     for key, word in (("inputs", "reads"), ("outputs", "writes")):
         before, after = _paths(old.get(key) or {}), _paths(new[key])

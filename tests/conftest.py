@@ -46,6 +46,15 @@ os.environ.update(
 )
 
 
+# These take minutes, and one process takes a file: begun last they would be waited for.
+LONGEST = ("test_pipeline.py", "test_docker.py", "test_merge.py", "test_image.py", "test_model.py", "test_promote.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def smollm2(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real SmolLM2-135M-Instruct as a checkpoint folder with a manifest, kept between test runs."""

@@ -17,6 +17,7 @@ from prefbuild.recipe import (
     DPO,
     LOSS_TYPES,
     METRICS,
+    Compute,
     Defaults,
     Evaluate,
     Recipe,
@@ -27,6 +28,8 @@ from prefbuild.recipe import (
     load_recipe,
     load_recipes,
     schema_text,
+    seconds,
+    size_bytes,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -762,7 +765,7 @@ def test_every_default_is_a_setting_of_a_recipe_with_the_same_limits() -> None:
     [
         ("train: {learning_rate: 1}", "train.learning_rate: unknown key; each recipe says this for itself, here go only "
          "precision, deterministic, logging_steps, save_steps"),
-        ("gates: []", "gates: unknown key; each recipe says this for itself, here go only seed, train, evaluate"),
+        ("gates: []", "gates: unknown key; each recipe says this for itself, here go only seed, train, evaluate, compute"),
         ("train: {save_step: 1}", "train.save_step: unknown key; did you mean save_steps?"),
         ("batch_size: 1", "batch_size: unknown key; it belongs in evaluate"),
         ("eval: {}", "eval: unknown key; did you mean evaluate?"),
@@ -944,3 +947,44 @@ def test_the_schema_is_written_as_canonical_json() -> None:
 def test_the_two_lists_of_losses_are_one() -> None:
     losses = json_schema()["$defs"]["DPO"]["properties"]["loss_type"]["items"]["enum"]
     assert tuple(losses) == LOSS_TYPES
+
+
+# ---- compute
+
+
+def test_compute_is_the_cpu_and_its_image_unless_said_otherwise() -> None:
+    assert (Compute().gpus, Compute().role) == (0, "cpu")
+    assert Compute(gpus=1).role == "cuda"
+    assert Compute(gpus=1, image="mine").role == "mine"
+
+
+def test_sizes_and_durations_have_units() -> None:
+    assert [size_bytes(size) for size in ("64MiB", "1.5GiB", "1TiB")] == [2**26, 3 * 2**29, 2**40]
+    assert [seconds(duration) for duration in ("90s", "1.5h", "2d")] == [90, 5400, 172800]
+
+
+def test_compute_is_inherited_key_by_key() -> None:
+    Path("params.yaml").write_text("compute: {gpus: 1, memory: 32GiB}\n")
+    Path("recipes/a.yaml").write_text(GOOD + "compute: {memory: 16GiB}\n")
+    loaded = load_recipes(Path())
+    assert (loaded["a"].compute.gpus, loaded["a"].compute.memory) == (1, "16GiB")
+    assert (loaded["x"].compute.gpus, loaded["x"].compute.memory) == (1, "32GiB")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gpus: 2", "compute.gpus: is 2; at most 1 is wanted"),
+        ("memory: 16g", "compute.memory: is text '16g'; wanted: Memory of a stage's container, as in 16GiB"),
+        (
+            "time_limit: 2 hours",
+            "compute.time_limit: is text '2 hours'; wanted: Longest run of a stage, as in 90m or 4h",
+        ),
+        ("shm: 1GiB", "compute.shm: unknown key; did you mean shm_size?"),
+        ("image: python:3.12", "compute.image: 'python:3.12' is no role; name one such as cpu, and pin the image with"),
+    ],
+)
+def test_compute_says_what_is_wanted(line: str, message: str) -> None:
+    X.write_text(GOOD + f"compute:\n  {line}\n")
+    (problem,) = problems()
+    assert message in problem

@@ -425,6 +425,15 @@ def test_the_text_ends_long_lists_and_the_json_does_not() -> None:
 # ---- sections compared
 
 
+def test_another_image_and_other_gpus_are_told() -> None:
+    old = {**section(), "image": None, "gpus": 0}
+    new = {**section(), "image": "sha256:" + "ab" * 32, "gpus": 1}
+    assert differences("train", old, new) == [
+        "compute.gpus 0 -> 1",
+        "the image it runs in none -> sha256:abababababab",
+    ]
+
+
 def section(**settings: Any) -> dict[str, Any]:
     return {"version": 1, "inputs": {"model": "build/m"}, "outputs": {}, "settings": settings}
 
