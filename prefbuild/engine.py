@@ -30,6 +30,11 @@ def connect() -> "DockerClient":
     return client
 
 
+def is_podman(client: "DockerClient") -> bool:
+    """Whether the engine is Podman, which takes some requests without a word and does not fulfil them."""
+    return any("podman" in part.get("Name", "").lower() for part in client.version().get("Components") or [])
+
+
 def address() -> str:
     """Where the engine is asked."""
     return os.environ.get("DOCKER_HOST") or DEFAULT_HOST

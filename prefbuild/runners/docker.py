@@ -9,6 +9,7 @@ when the caller is root.
 
 import os
 import posixpath
+import re
 import shutil
 import sys
 import threading
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefbuild.engine import address, connect, find_image
+from prefbuild.engine import address, connect, find_image, is_podman
 from prefbuild.errors import LockError, StageError
 from prefbuild.image import code_digest
 from prefbuild.job import WORK, Image, Job, refuse_special
@@ -37,6 +38,8 @@ MOST_LINKS = 256
 # What a stage's speed and threads depend on; nothing else of the caller's environment crosses.
 PASSED_ON = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 GIB = 2**30
+# What engines say of a request for GPUs that they can't fulfil: without the toolkit, with CDI but no GPU, with no driver.
+NO_TOOLKIT = re.compile("device driver|CDI|nvidia", re.IGNORECASE)
 
 
 def run(job: Job) -> int:
@@ -88,7 +91,7 @@ def _start(client: Any, image: Any, job: Job, out: Path, stopping: threading.Eve
     from requests import RequestException
 
     problem = ""
-    for ways in gpu_requests(job.gpus):
+    for ways in gpu_requests(job.gpus, podman=is_podman(client)):
         container = None
         try:
             container = client.containers.create(image.id, job.argv, **_options(client, job, out), **ways)
@@ -103,7 +106,7 @@ def _start(client: Any, image: Any, job: Job, out: Path, stopping: threading.Eve
             if container is not None:
                 remove(client, Running(container.id))
             problem = str(getattr(error, "explanation", None) or error)
-            if not (job.gpus and "device driver" in problem):
+            if not (job.gpus and NO_TOOLKIT.search(problem)):
                 break
     raise StageError(
         f"{job.stage} {job.name}: the engine at {address()} could not start its container: {_hint(problem, job)}"
@@ -220,7 +223,7 @@ def _network(client: Any) -> str:
 
 
 def _hint(problem: str, job: Job) -> str:
-    if "device driver" in problem or "nvidia" in problem.lower() or "CDI" in problem:
+    if job.gpus and NO_TOOLKIT.search(problem):
         return (
             f"{problem}. The recipe asks for {job.gpus} GPU: install the NVIDIA Container Toolkit and restart the engine "
             "(`sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker`), or set compute.gpus: 0"

@@ -16,10 +16,11 @@ INSIDE = "/usr/local/nvidia/lib64"
 CONTROL = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 
 
-def gpu_requests(count: int) -> list[dict[str, Any]]:
+def gpu_requests(count: int, *, podman: bool = False) -> list[dict[str, Any]]:
     """Options for creating a container with so many GPUs, in the order to try them. One empty set when count is 0.
 
-    CUDA_VISIBLE_DEVICES of the caller says which GPUs, by index or UUID.
+    CUDA_VISIBLE_DEVICES of the caller says which GPUs, by index or UUID. Podman ignores the first way, so it gets the
+    second where this machine has the nodes.
     """
     if not count:
         return [{}]
@@ -29,6 +30,8 @@ def gpu_requests(count: int) -> list[dict[str, Any]]:
     which = {"device_ids": chosen} if chosen else {"count": count}
     ways: list[dict[str, Any]] = [{"device_requests": [DeviceRequest(capabilities=[["gpu"]], **which)]}]
     nodes = device_nodes(count, chosen)
+    if nodes and podman:
+        return [nodes]
     return [*ways, nodes] if nodes else ways
 
 
