@@ -8,13 +8,11 @@ when the caller is root.
 """
 
 import os
-import posixpath
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +25,12 @@ from prefbuild.job import WORK, Image, Job, refuse_special
 from prefbuild.runners.containers import PATIENCE, labels_of, remove, remove_stale
 from prefbuild.runners.gpus import INSIDE as DRIVER_FOLDER
 from prefbuild.runners.gpus import gpu_requests
+from prefbuild.runners.mounts import CACHE, OUT, PROJECT, mounts
 from prefbuild.runners.stopping import on_stop
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 POLL = 0.5  # seconds; the end of the output is noticed at once
 RECONNECT = 600.0  # seconds to wait for an engine that went away
-PROJECT = "/project"
-OUT = "/out"
-MOST_LINKS = 256
 # What a stage's speed and threads depend on; nothing else of the caller's environment crosses.
 PASSED_ON = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 GIB = 2**30
@@ -68,7 +64,6 @@ def run(job: Job) -> int:
     remove_stale(client, job)
     out = job.work.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
-    _make_folders(job, out)
     container = None
     try:
         container = _start(client, image, job, out, stopping)
@@ -119,7 +114,6 @@ def _options(client: Any, job: Job, out: Path) -> dict[str, Any]:
 
     limits = job.limits
     memory = limits.memory or client.info()["MemTotal"]
-    cache = Path(WORK, "compiled", str(job.image.id).removeprefix("sha256:")[:12])
     size = shutil.get_terminal_size()
     env = {
         **{key: os.environ[key] for key in PASSED_ON if key in os.environ},
@@ -128,8 +122,8 @@ def _options(client: Any, job: Job, out: Path) -> dict[str, Any]:
         "PREFBUILD_IMAGE": str(job.image.id),
         "HOME": "/tmp",
         "USER": "prefbuild",  # the uid has no name in the image, and libraries ask for one
-        "TRITON_CACHE_DIR": "/cache/triton",
-        "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor",
+        "TRITON_CACHE_DIR": f"{CACHE}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/inductor",
         "COLUMNS": str(size.columns),
         "LINES": str(size.lines),
         "TERM": "xterm",
@@ -156,65 +150,8 @@ def _options(client: Any, job: Job, out: Path) -> dict[str, Any]:
         "shm_size": limits.shm_size,
         "ulimits": [Ulimit(name="core", soft=0, hard=0)],
         "log_config": LogConfig(type="json-file", config={"max-size": "20m", "max-file": "2"}),
-        "mounts": list(_mounts(job, out, cache)),
+        "mounts": mounts(job, out),
     }
-
-
-def _make_folders(job: Job, out: Path) -> None:
-    # Made here, so that they are the caller's: an engine that makes a mount's source makes it root's.
-    cache = Path(WORK, "compiled", str(job.image.id).removeprefix("sha256:")[:12])
-    for folder in (out, job.work, cache, *job.caches):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _mounts(job: Job, out: Path, cache: Path) -> Iterator[Any]:
-    from docker.types import Mount
-
-    def bind(source: Path, target: str, *, read_only: bool) -> Any:
-        return Mount(target=target, source=str(source.resolve()), type="bind", read_only=read_only)
-
-    inputs = {_inside(path): path for path in job.inputs}
-    for target, path in sorted(inputs.items()):
-        if any(parent.as_posix() in inputs for parent in Path(target).parents):
-            continue  # in a folder that is mounted anyway
-        yield bind(path, target, read_only=True)
-    for target, path in _links(inputs).items():
-        yield bind(path, target, read_only=True)
-    yield bind(out, OUT, read_only=False)
-    yield bind(cache, "/cache", read_only=False)
-    for folder in (job.work, *job.caches):
-        yield bind(folder, _inside(folder), read_only=False)
-
-
-def _inside(path: Path) -> str:
-    """Where a path of the project, or an absolute one, is in the container."""
-    return posixpath.normpath(path.as_posix() if path.is_absolute() else f"{PROJECT}/{path.as_posix()}")
-
-
-def _links(inputs: dict[str, Path]) -> dict[str, Path]:
-    """What symbolic links in the inputs point to, by where the link will look for it: caches of DVC and the Hub link."""
-    found: dict[str, Path] = {}
-    for top, path in inputs.items():
-        files = [path] if path.is_symlink() else []
-        if path.is_dir():
-            files += [Path(parent, name) for parent, folders, names in os.walk(path) for name in folders + names]
-        for file in files:
-            if not file.is_symlink() or file == path:
-                continue  # an input that is a link itself is mounted as what it points to
-            where = posixpath.join(top, file.relative_to(path).as_posix())
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(where), os.readlink(file)))
-            if not file.exists():
-                raise StageError(
-                    f"{file}: is a link to {os.readlink(file)}, which is not there; `dvc checkout` restores it"
-                )
-            if not any(target == other or target.startswith(f"{other}/") for other in inputs):
-                found[target] = file.resolve()
-    if len(found) > MOST_LINKS:
-        raise StageError(
-            f"{len(found)} files of the inputs are links, too many to mount; make them files: "
-            "`dvc config cache.type hardlink,reflink,copy` and `dvc checkout --relink`"
-        )
-    return found
 
 
 def _network(client: Any) -> str:
@@ -318,6 +255,7 @@ def _watch(
             if gone_since is not None:
                 gone_since = None
                 if state["Running"]:
+                    end.engine_gone = False
                     _say("the engine is back, and the stage went on meanwhile")
                     _reattach(client, running, file, woken)
             if not state["Running"]:
@@ -404,7 +342,7 @@ def _finish(job: Job, out: Path, end: End, log: Path) -> int:
     if end.code == 0:
         _take_outputs(job, out)
         return 0
-    if end.engine_gone:
+    if end.engine_gone and end.code >= 128:
         raise StageError(
             f"{what}: the engine stopped during the run and took the container with it (exit code {end.code}); build again: "
             "training goes on from its last checkpoint. With `live-restore` in the engine's daemon.json containers survive "

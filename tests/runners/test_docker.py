@@ -412,6 +412,25 @@ def test_a_gpu_that_was_promised_and_is_not_there(engine: str, cpu_image: str, t
     assert "the torch of the container (2.13.0+cpu) computes on no GPU" in bench.run(code, exit_code=1)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_seen_inside(engine: str, tmp_path: Path) -> None:
+    """With PREFBUILD_TEST_CUDA_IMAGE: the ID of an image made from cuda.Dockerfile that the engine has."""
+    image = os.environ.get("PREFBUILD_TEST_CUDA_IMAGE")
+    if not image or not os.path.exists("/dev/nvidia0"):
+        pytest.skip("needs a GPU and PREFBUILD_TEST_CUDA_IMAGE")
+    bench = Bench(tmp_path, image, engine)
+    code = (
+        "import os; os.environ['PREFBUILD_GPUS'] = '1'\n"
+        "from prefbuild.worker import check_gpus, explain; check_gpus()\n"
+        "import torch; x = torch.ones(4096, 4096, device='cuda', dtype=torch.bfloat16); print((x @ x).sum().item())\n"
+        "try: torch.empty(2**50, device='cuda')\n"
+        "except RuntimeError as error: print(explain(error))\n"
+    )
+    text = bench.run(code + WRITE, gpus=1)
+    assert "prefbuild: GPU 0: " in text
+    assert "out of GPU memory; lower train.per_device_train_batch_size" in text
+
+
 def test_no_engine(bench: Bench) -> None:
     process = bench.start("", env={"DOCKER_HOST": f"unix://{bench.folder}/none"})
     assert "no container engine answers at unix://" in bench.end(process, 7)
