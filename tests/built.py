@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 from safetensors.numpy import save_file
 
 from prefbuild import gates, yamlfile
@@ -286,3 +288,17 @@ FILES = [
     "build/.resolved/x.json",
     f"build/.resolved/models/{Path(BASE).name}.json",
 ]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole build, to be copied."""
+    root = tmp_path_factory.mktemp("template")
+    make(root)
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    """A whole build of the test's own."""
+    return Path(shutil.copytree(template, tmp_path / "project"))

@@ -13,7 +13,7 @@ from prefbuild.artifact import verify_artifact, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.resolve import STAGE_VERSIONS
 
-pytest_plugins = ["engine"]
+pytest_plugins = ["built", "engine"]
 
 SMOLLM2 = {
     "source": "wheel",

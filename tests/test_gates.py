@@ -16,18 +16,6 @@ CONCISE, SENSE = KEYS["concise"], KEYS["sense"]
 EXACT = "evaluate.concise.exact_match"
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    built.make(root)
-    return root
-
-
-@pytest.fixture
-def root(template, tmp_path):
-    return Path(shutil.copytree(template, tmp_path / "project"))
-
-
 def rules(root: Path, *gates: dict) -> list[dict]:
     return judge(built.gate_settings(list(gates)), built.INPUTS, "x", root)["rules"]
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,6 @@ from prefbuild.compare import compare_samples
 from prefbuild.promote.card import cell, render_card
 from tests import built
 from tests.built import BASE, KEYS
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    built.make(root)
-    return root
-
-
-@pytest.fixture
-def root(template, tmp_path):
-    return Path(shutil.copytree(template, tmp_path / "project"))
 
 
 def card(root: Path, *, commit: str | None = "c" * 40, dirty: tuple[str, ...] = (), baseline: bool = True) -> str:

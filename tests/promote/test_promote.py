@@ -23,18 +23,6 @@ CONCISE = KEYS["concise"]
 REPOSITORY = Path(prefbuild.__file__).parent.parent
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    built.make(root)
-    return root
-
-
-@pytest.fixture
-def root(template, tmp_path):
-    return Path(shutil.copytree(template, tmp_path / "project"))
-
-
 def refused(root: Path, **options: bool) -> str:
     """The refusal's text; and nothing is public."""
     with pytest.raises(PromotionRefused) as error:

@@ -11,13 +11,6 @@ from prefbuild.stages import gate
 from tests import built
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    built.make(root)
-    return root
-
-
 @pytest.fixture
 def root(template, tmp_path, monkeypatch):
     root = Path(shutil.copytree(template, tmp_path / "project"))
