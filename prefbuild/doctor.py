@@ -20,6 +20,7 @@ from typing import Any
 
 from prefbuild.errors import LockError, StageError
 from prefbuild.lock import locked_image
+from prefbuild.machine import cpu_bf16
 from prefbuild.recipe import DPO, Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
@@ -358,20 +359,11 @@ def find_gpus() -> list[Gpu]:
     return [Gpu(name=name, free=free, total=total) for name, free, total in json.loads(text or "[]")]
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
-
-
 def computes_in_bf16(recipe: Recipe, gpus: list[Gpu]) -> bool:
     """Whether training takes bf16 here, as prefbuild.training.common.use_bf16 decides it."""
     if recipe.train.precision != "auto":
         return recipe.train.precision == "bf16"
-    return bool(gpus) or bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    return bool(gpus) or bool(cpu_bf16())
 
 
 def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -> list[Finding]:
@@ -403,7 +395,7 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
 
 
 def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
-    bf16 = {"avx512_bf16", "amx_bf16"} & cpu_flags()
+    bf16 = cpu_bf16()
     kind = f"CPU, {os.cpu_count()} cores, {'bf16 by ' + min(bf16) if bf16 else 'no bf16 instructions'}; no GPU"
     if recipe.train.precision == "bf16" and not bf16:
         fix = "set train.precision: auto, which takes float32 here"

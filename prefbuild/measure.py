@@ -21,6 +21,7 @@ from typing import Any
 from prefbuild.artifact import digest_of, read_json, verify_artifact, write_atomic, write_json, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.localtask import Measurement, check_files, load_task, task_digest
+from prefbuild.machine import cpu_bf16
 from prefbuild.template import FIXED_DATE, load_tokenizer
 
 CACHE = Path("build/.work/evaluations")
@@ -80,9 +81,7 @@ def machine() -> tuple[str, str]:
 
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32", "cuda"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32", "cpu"
+    return "bfloat16" if cpu_bf16() else "float32", "cpu"
 
 
 def load_model(model: Path, batch_size: int, dtype: str, device: str) -> Any:

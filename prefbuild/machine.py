@@ -1,0 +1,17 @@
+"""What this processor can do, asked where torch must not be imported."""
+
+from pathlib import Path
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+def cpu_bf16() -> set[str]:
+    """The instruction sets by which this CPU computes in bfloat16; empty: it would emulate it."""
+    return {"avx512_bf16", "amx_bf16"} & cpu_flags()
