@@ -4,9 +4,11 @@ import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub import Hub
 from project import ROOT
 
 from prefbuild.artifact import verify_artifact, write_manifest
@@ -113,3 +115,10 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of this test's own; `hub.env(token)` is the environment of its clients."""
+    with Hub(tmp_path / "hub") as running:
+        yield running
