@@ -13,17 +13,19 @@ from prefbuild.errors import GateFailed, StageError
 from prefbuild.gates import verdict_table
 from prefbuild.pipeline import nodes, sync
 from prefbuild.recipe import known_recipes
-from prefbuild.resolve import load_project, resolve, resolved_path
+from prefbuild.resolve import Resolved, load_project, resolve, resolved_path
 
 
-def build(root: Path, names: list[str], *, keep_going: bool = False, pull: bool = False) -> int:
+def build(root: Path, names: list[str], *, keep_going: bool = False, pull: bool = False, runner: str = "local") -> int:
     """Build the named recipes (default: all, and the report) and print their verdicts.
 
     Raises StageError when a stage failed, GateFailed when a gate did.
     """
     project = load_project(root)
     names = known_recipes(names, project.recipes)
-    resolve(project)  # before anything runs, say what is not pinned
+    resolved = resolve(project)  # before anything runs, say what is not pinned
+    if runner == "docker":
+        check_images(resolved)
     for path in sync(project):
         print(f"wrote {path}")
     everything = set(names) == set(project.recipes)
@@ -39,6 +41,21 @@ def build(root: Path, names: list[str], *, keep_going: bool = False, pull: bool 
     if failed:
         raise GateFailed(f"{', '.join(failed)}: not every gate passed")
     return 0
+
+
+def check_images(resolved: Resolved) -> None:
+    """Before DVC starts: an engine answers and has every pinned image. LockError or StageError otherwise."""
+    from prefbuild.engine import connect
+    from prefbuild.job import Image
+    from prefbuild.runners.docker import pinned_image
+
+    client = connect()
+    images = {
+        Image(role=node.compute["role"], id=node.section["image"], repo_digest=node.compute["repo_digest"])
+        for node in nodes(resolved)
+    }
+    for image in images:
+        pinned_image(client, image)
 
 
 def gates(root: Path, names: list[str]) -> int:

@@ -332,8 +332,9 @@ def _build(arguments: argparse.Namespace) -> int:
     from prefbuild.build import build
     from prefbuild.runners import choose_runner
 
-    os.environ["PREFBUILD_RUNNER"] = choose_runner(arguments.runner)  # for the stages that DVC starts
-    return build(_enter_project(), arguments.names, keep_going=arguments.keep_going, pull=arguments.pull)
+    runner = choose_runner(arguments.runner)
+    os.environ["PREFBUILD_RUNNER"] = runner  # for the stages that DVC starts
+    return build(_enter_project(), arguments.names, keep_going=arguments.keep_going, pull=arguments.pull, runner=runner)
 
 
 def _clean(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ class Node:
     name: str  # of the recipe, or of the shared model, data or baseline
     resolved: str  # the resolved file that holds its section
     section: Section
+    compute: dict[str, Any]  # where it runs: limits, and where the image is found
 
     @property
     def address(self) -> str:
@@ -55,7 +56,9 @@ def nodes(resolved: Resolved) -> list[Node]:
     for path, sections in resolved.items():
         for stage, section in sections.items():
             if stage not in ("promote", "compute"):
-                found.append(Node(stage=stage, name=Path(path).stem, resolved=path, section=section))
+                found.append(
+                    Node(stage=stage, name=Path(path).stem, resolved=path, section=section, compute=sections["compute"])
+                )
     order = ["model", "data", "prepare", "train", "merge", "evaluate", "baseline", "gate", "report"]
     return sorted(found, key=lambda node: (node.name if node.stage in RECIPE_STAGES else "", order.index(node.stage)))
 

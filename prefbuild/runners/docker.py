@@ -43,12 +43,6 @@ def run(job: Job) -> int:
 
     Raises LockError when no image is pinned, StageError for everything that ends a container but its own exit code.
     """
-    if job.image.id is None:
-        role = job.image.role
-        raise LockError(
-            f"image {role} is not pinned, so there is nothing to run {job.stage} in; run `prefbuild image build {role}` "
-            f"(or `prefbuild image lock {role} IMAGE`), then build again"
-        )
     stopping, woken = threading.Event(), threading.Event()
 
     def stop() -> None:
@@ -58,9 +52,7 @@ def run(job: Job) -> int:
     # Handlers only set flags: a request to the engine is never cut in half, so no container is left unknown.
     on_stop(stop)
     client = connect()
-    image = find_image(client, {"id": job.image.id, "repo_digest": job.image.repo_digest}, job.image.role)
-    if image.labels.get("prefbuild.code") != code_digest():
-        _say(f"image {job.image.role} holds other code of prefbuild than this machine; {_rebuild(job.image)}")
+    image = pinned_image(client, job.image)
     remove_stale(client, job)
     out = job.work.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -75,6 +67,22 @@ def run(job: Job) -> int:
         if container is not None:
             remove(client, container, patience=0 if stopping.is_set() else PATIENCE)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def pinned_image(client: Any, image: Image) -> Any:
+    """The engine's image that the lock pins for a role. Says so when it holds other code than this machine.
+
+    LockError when none is pinned, StageError when the engine has it not; each names the command that helps.
+    """
+    if image.id is None:
+        raise LockError(
+            f"image {image.role} is not pinned, so there is nothing to run stages in; run `prefbuild image build {image.role}` "
+            f"(or `prefbuild image lock {image.role} IMAGE`), then build again"
+        )
+    found = find_image(client, {"id": image.id, "repo_digest": image.repo_digest}, image.role)
+    if found.labels.get("prefbuild.code") != code_digest():
+        _say(f"image {image.role} holds other code of prefbuild than this machine; {_rebuild(image)}")
+    return found
 
 
 # ---- create and start

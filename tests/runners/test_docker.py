@@ -153,6 +153,7 @@ def test_a_new_image_runs_everything_again(built: Path, engine: str, base_image:
     text = run(folder, "prefbuild", "build", "--runner", "docker", code=7)
     assert "image cpu (sha256:abababababab) is not in the engine" in text
     assert "docker load" in text
+    assert "Running stage" not in text  # said before DVC starts
 
 
 def test_without_a_pinned_image_the_command_that_makes_one_is_named(tiny_model: Path, tmp_path: Path) -> None:
