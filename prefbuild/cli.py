@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except PrefbuildError as error:
         print(f"prefbuild: {error}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"prefbuild: {error.filename}: no permission ({error.strerror}); mend its owner or mode", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("lock", _lock, "pin what recipes refer to, in prefbuild.lock.yaml", "prefbuild lock smollm2-concise")
     sub.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+    sub.add_argument("--update", action="store_true", help="pin what branches and tags of the Hub are at now")
 
     images = commands.add_parser(
         "image",
@@ -247,7 +251,8 @@ def _lock(arguments: argparse.Namespace) -> int:
 
     root = _enter_project()
     recipes = load_recipes(root)
-    changes = lock(root, recipes, known_recipes(arguments.names, recipes) if arguments.names else None)
+    names = known_recipes(arguments.names, recipes) if arguments.names else None
+    changes = lock(root, recipes, names, update=arguments.update)
     print("\n".join(changes) or "prefbuild.lock.yaml: nothing changed")
     return 0
 

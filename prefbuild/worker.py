@@ -163,7 +163,7 @@ def explain(error: BaseException) -> str | None:
             return (
                 "out of GPU memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps as much), "
                 "set train.gradient_checkpointing: true, lower data.max_length or evaluate.batch_size, "
-                f"or use a larger GPU ({text.splitlines()[0] if text else 'no details'})"
+                f"or use a larger GPU ({'. '.join(text.split('. ')[:2])})"  # torch goes on for many sentences
             )
         if isinstance(seen, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
             return (

@@ -11,10 +11,10 @@ from prefbuild.worker import explain, killed_for_memory
 def test_gpu_memory_says_what_to_change() -> None:
     import torch
 
-    text = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"))
+    text = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 3. Of these"))
     assert text is not None
     assert text.startswith("out of GPU memory; lower train.per_device_train_batch_size")
-    assert "gradient_checkpointing: true" in text and text.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert "gradient_checkpointing: true" in text and text.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB)")
 
 
 def test_memory_of_the_machine() -> None:

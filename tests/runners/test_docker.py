@@ -426,10 +426,16 @@ def test_a_gpu_is_seen_inside(engine: str, tmp_path: Path) -> None:
         "import torch; x = torch.ones(4096, 4096, device='cuda', dtype=torch.bfloat16); print((x @ x).sum().item())\n"
         "try: torch.empty(2**50, device='cuda')\n"
         "except RuntimeError as error: print(explain(error))\n"
+        "os.environ['PREFBUILD_GPU_MEMORY'] = str(300 * 2**30)\n"
+        "try: check_gpus()\n"
+        "except Exception as error: print(error)\n"
+        "print('compiled', torch.compile(lambda a: (a * 2 + 1).relu().sum())(x).item())\n"
     )
-    text = bench.run(code + WRITE, gpus=1)
+    text = bench.run(code + WRITE, gpus=1, limits={"tmp_size": 64 * MiB, "pids": 4096})
     assert "prefbuild: GPU 0: " in text
     assert "out of GPU memory; lower train.per_device_train_batch_size" in text
+    assert "compute.gpu_memory is 300 GiB, and " in text
+    assert "compiled 50331648.0" in text  # Triton's compiler needs a folder that programs can run from
 
 
 def test_no_engine(bench: Bench) -> None:
