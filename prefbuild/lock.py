@@ -7,6 +7,7 @@
         reference: {...}          what was asked for; as long as it is the same, the entry is kept
         files: [{path, size, sha256}]
         wheel: {filename, sha256}         of a wheel only
+        commit: ..                        of a repository on the Hub only: what its revision was when it was pinned
     tasks:                        by task_key
       recipes/concise/concise.yaml:
         name: concise
@@ -35,6 +36,7 @@ from prefbuild.taskfile import is_task_file, read_task
 LOCK = "prefbuild.lock.yaml"
 HEADER = "# Written by `prefbuild lock` from the recipes. Commit it; don't edit it.\n"
 HEX = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
 REPO_DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 
@@ -64,11 +66,12 @@ def read_lock(root: Path) -> Lock:
     return lock
 
 
-def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None) -> list[str]:
+def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None, *, update: bool = False) -> list[str]:
     """Pin what the named recipes (all, when None) refer to; returns a line for every change.
 
-    An entry is kept as it is while its reference is the same, but local files and tasks are hashed again. Entries
-    that no recipe refers to go only when `names` is None. The file is written only when something changed.
+    An entry is kept as it is while its reference is the same, but local files and tasks are hashed again, and with
+    `update` the Hub is asked again where its branches and tags are. Entries that no recipe refers to go only when
+    `names` is None. The file is written only when something changed.
     Raises UsageError for an unknown name, LockError or RecipeError for what can't be pinned; nothing is written then.
     """
     for name in names or []:
@@ -87,7 +90,7 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None)
         for source in _sources(recipe):
             node = sources.node_id(source)
             if node not in entries:
-                entries[node] = _pin_source(root, source, old["sources"].get(node), lines)
+                entries[node] = _pin_source(root, source, old["sources"].get(node), lines, update)
         for task in recipe.evaluate.tasks:
             key = task_key(task)
             if key not in tasks:
@@ -192,17 +195,25 @@ def _sources(recipe: Recipe) -> list[dict[str, Any]]:
     return bases + [source.model_dump(mode="json") for source in recipe.data.sources]
 
 
-def _pin_source(root: Path, source: dict[str, Any], old: Entry | None, lines: list[str]) -> Entry:
+def _pin_source(root: Path, source: dict[str, Any], old: Entry | None, lines: list[str], update: bool) -> Entry:
     asked = sources.reference(source)
-    if old is not None and old["reference"] == asked and source["source"] != "file":
+    may_change = source["source"] == "file" or (update and source["source"] == "hub")
+    if old is not None and old["reference"] == asked and not may_change:
         return old
     entry: Entry = {"title": sources.title(source), "reference": asked, **sources.pin(source, root)}
     if old is None or old["reference"] != asked:
-        lines.append(f"pinned {entry['title']} ({_amount(entry['files'])})")
+        at = f" at {entry['commit'][:8]}" if "commit" in entry else ""
+        lines.append(f"pinned {entry['title']}{at} ({_amount(entry['files'])})")
         return entry
-    before, after = ({file.shown(source, e["path"]): e for e in files} for files in (old["files"], entry["files"]))
+    if entry.get("commit") != old.get("commit"):
+        lines.append(f"moved {entry['title']}: {old['commit'][:8]} -> {entry['commit'][:8]}")
+    before, after = ({_shown(source, e["path"]): e for e in files} for files in (old["files"], entry["files"]))
     lines += _changes(before, after)
     return entry
+
+
+def _shown(source: dict[str, Any], path: str) -> str:
+    return file.shown(source, path) if source["source"] == "file" else f"{sources.title(source)}/{path}"
 
 
 def _pin_task(root: Path, recipe: str, task: Task, old: Entry | None, lines: list[str]) -> Entry:
@@ -276,13 +287,18 @@ def _malformed(data: Any) -> tuple[list[str], str] | None:
         if not isinstance(data.get(kind), dict):
             return [kind], "is missing or holds no entries"
         for key, entry in data[kind].items():
-            if not isinstance(entry, dict) or not wanted <= set(entry) <= wanted | {"wheel"}:
+            if not isinstance(entry, dict) or not wanted <= set(entry) <= wanted | {"wheel", "commit"}:
                 return [kind, key], f"has not the keys {', '.join(sorted(wanted))}"
             if not isinstance(entry["files"], list) or not all(_is_pin(pin) for pin in entry["files"]):
                 return [kind, key, "files"], "is not a list of path, size and sha256"
             wheel = entry.get("wheel")
             if "wheel" in entry and not (isinstance(wheel, dict) and HEX.fullmatch(str(wheel.get("sha256")))):
                 return [kind, key, "wheel"], "is not a filename and a sha256"
+            if "commit" in entry and not COMMIT.fullmatch(str(entry["commit"])):
+                return [kind, key, "commit"], "is not a commit, 40 hex digits"
+            reference = entry.get("reference")
+            if isinstance(reference, dict) and reference.get("source") == "hub" and "commit" not in entry:
+                return [kind, key], "has no commit"
     unknown = set(data) - {"version", "sources", "tasks", "images"}
     return ([min(unknown, key=str)], "is not a key of the lock") if unknown else None
 

@@ -85,6 +85,25 @@ class WheelSource(Strict):
     path: MemberPath = Field(description="The file inside the wheel.")
 
 
+class HubSource(Strict):
+    """A repository on the Hugging Face Hub, pinned by its commit and the sha256 of every file that is read."""
+
+    source: Literal["hub"] = Field(description="A repository on the Hugging Face Hub.")
+    repo: str = Field(
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="The repository, `owner/name`. Private ones too.",
+    )
+    revision: str = Field(
+        default="main", pattern=r"^[^\s]+$", description="A branch, tag or commit; the lock pins the commit it is at."
+    )
+    files: list[MemberPath] | None = Field(
+        default=None,
+        min_length=1,
+        description="Files to read, as in data/train-*.parquet. Default: a model's config, tokenizer and safetensors; "
+        "of a data set all rows, if it has one set of them.",
+    )
+
+
 class RecipeSource(Strict):
     """Another recipe's merged model: this recipe is built after that one."""
 
@@ -109,12 +128,20 @@ class WheelModel(WheelSource, ModelOptions):
     """A checkpoint inside a package on the index."""
 
 
+class HubModel(HubSource, ModelOptions):
+    """A checkpoint on the Hub: safetensors, or one GGUF file that `files` names."""
+
+
+class HubData(HubSource):
+    """Files of rows in a data set on the Hub. No script of a data set is run."""
+
+
 class RecipeModel(RecipeSource):
     """Another recipe's merged model."""
 
 
-Base = Annotated[Union[FileModel, WheelModel, RecipeModel], Field(discriminator="source")]
-DataSource = Annotated[Union[FileSource, WheelSource], Field(discriminator="source")]
+Base = Annotated[Union[FileModel, WheelModel, HubModel, RecipeModel], Field(discriminator="source")]
+DataSource = Annotated[Union[FileSource, WheelSource, HubData], Field(discriminator="source")]
 
 
 # ---- data
@@ -821,10 +848,7 @@ OTHER_VALUES = {
     ("loss_type", "dpo"): "DPO's own loss is sigmoid, write loss_type: [sigmoid]",
     ("loss_type", "rpo"): "write loss_type: [sigmoid, sft] with loss_weights",
     ("loss_type", "kto_pair"): "TRL dropped it; apo_zero and sigmoid are near",
-    **{
-        ("source", name): "nothing comes from the Hub yet; download it and write file"
-        for name in ("hub", "hf", "huggingface")
-    },
+    **{("source", name): "did you mean hub?" for name in ("hf", "huggingface", "model", "dataset")},
     **{("source", name): "did you mean file?" for name in ("local", "path", "dir", "folder", "directory", "json")},
     **{("source", name): "did you mean wheel?" for name in ("pypi", "pip", "package", "index")},
     **{("dtype", name): f"did you mean {long}?" for name, long in (("bf16", "bfloat16"), ("fp16", "float16"))},

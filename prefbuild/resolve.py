@@ -174,7 +174,7 @@ def _fetch_section(stage: str, node: str, source: dict[str, Any], pin: Any) -> S
     inputs = {"source": source["path"]} if source["source"] == "file" else {}
     outputs = {stage: f"build/{SHARED_STAGES[stage]}/{node}"}
     entry = pin(locks.locked, node) or {}
-    pins = {key: entry[key] for key in ("files", "wheel") if key in entry}
+    pins = {key: entry[key] for key in ("files", "wheel", "commit") if key in entry}
     return _section(stage, inputs, outputs, source=source, **pins)
 
 
@@ -193,6 +193,8 @@ def _base_path(recipe: Recipe, base_id: str) -> str:
 def _base_name(recipe: Recipe) -> str:
     if recipe.base.source == "recipe":
         return f"build/{recipe.base.recipe}/merged"
+    if recipe.base.source == "hub":
+        return recipe.base.name or recipe.base.repo  # what PEFT loads an adapter's base by
     return recipe.base.name or title(recipe.base.model_dump(mode="json"))
 
 

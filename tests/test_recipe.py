@@ -305,34 +305,32 @@ REPLACED = [
     ("  method: dpo", "  lora: {}", ["7: train.method: missing; required: dpo"]),
     (
         "  source: file\n",
-        "  source: hub\n",
-        [
-            "2: base.source: 'hub' is not known; nothing comes from the Hub yet; download it and write file (known: file, wheel, recipe)"
-        ],
+        "  source: huggingface\n",
+        ["2: base.source: 'huggingface' is not known; did you mean hub? (known: file, wheel, hub, recipe)"],
     ),
     (
         "  source: file\n",
         "  source: local\n",
-        ["2: base.source: 'local' is not known; did you mean file? (known: file, wheel, recipe)"],
+        ["2: base.source: 'local' is not known; did you mean file? (known: file, wheel, hub, recipe)"],
     ),
     (
         "  source: file\n",
         "  source: fil\n",
-        ["2: base.source: 'fil' is not known; did you mean file? (known: file, wheel, recipe)"],
+        ["2: base.source: 'fil' is not known; did you mean file? (known: file, wheel, hub, recipe)"],
     ),
-    ("  source: file\n", "  source: 5\n", ["2: base.source: is the number 5; file, wheel or recipe is wanted"]),
-    ("  source: file\n", "  source: [file]\n", ["2: base.source: is a list; file, wheel or recipe is wanted"]),
-    ("  source: file\n", "  source:\n", ["2: base.source: is empty; file, wheel or recipe is wanted"]),
-    ("  source: file\n", "", ["1: base.source: missing; required: file, wheel or recipe"]),
+    ("  source: file\n", "  source: 5\n", ["2: base.source: is the number 5; file, wheel, hub or recipe is wanted"]),
+    ("  source: file\n", "  source: [file]\n", ["2: base.source: is a list; file, wheel, hub or recipe is wanted"]),
+    ("  source: file\n", "  source:\n", ["2: base.source: is empty; file, wheel, hub or recipe is wanted"]),
+    ("  source: file\n", "", ["1: base.source: missing; required: file, wheel, hub or recipe"]),
     (
         "base:\n  source: file\n  path: models/tiny\n",
         "base: Qwen/Qwen2.5-0.5B\n",
-        ["1: base: is text 'Qwen/Qwen2.5-0.5B'; a section is wanted, with source: file, wheel or recipe in it"],
+        ["1: base: is text 'Qwen/Qwen2.5-0.5B'; a section is wanted, with source: file, wheel, hub or recipe in it"],
     ),
     (
         "base:\n  source: file\n  path: models/tiny\n",
         "base:\n",
-        ["1: base: is empty; a section is wanted, with source: file, wheel or recipe in it"],
+        ["1: base: is empty; a section is wanted, with source: file, wheel, hub or recipe in it"],
     ),
     (
         "base:\n  source: file\n  path: models/tiny\n",
@@ -408,12 +406,12 @@ REPLACED = [
     (
         "    - {source: file, path: rows.jsonl}",
         "    - rows.jsonl",
-        ["6: data.sources[0]: is text 'rows.jsonl'; a section is wanted, with source: file or wheel in it"],
+        ["6: data.sources[0]: is text 'rows.jsonl'; a section is wanted, with source: file, wheel or hub in it"],
     ),
     (
         "    - {source: file, path: rows.jsonl}",
         "    - {source: recipe, recipe: x}",
-        ["6: data.sources[0].source: 'recipe' is not known; known: file, wheel"],
+        ["6: data.sources[0].source: 'recipe' is not known; known: file, wheel, hub"],
     ),
     (
         "    - {source: file, path: rows.jsonl}",

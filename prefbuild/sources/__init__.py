@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefbuild.artifact import canonical_json
-from prefbuild.sources import file, wheel
+from prefbuild.sources import file, hub, wheel
 
 
 class Source(Protocol):
@@ -33,7 +33,7 @@ class Source(Protocol):
         """Put the locked files in the folder `into`. LockError when one is not what was locked."""
 
 
-SOURCES: dict[str, Source] = {"file": file, "wheel": wheel}
+SOURCES: dict[str, Source] = {"file": file, "hub": hub, "wheel": wheel}
 
 
 def reference(source: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def reference(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def title(source: dict[str, Any]) -> str:
-    """The name people know a source by: its path, or `package==version/path`."""
+    """The name people know a source by: its path, `package==version/path`, or `org/name@revision`."""
     return SOURCES[source["source"]].title(source)
 
 
