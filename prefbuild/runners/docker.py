@@ -136,6 +136,10 @@ def _options(client: Any, job: Job, out: Path) -> dict[str, Any]:
         "LINES": str(size.lines),
         "TERM": "xterm",
     }
+    if job.network:
+        # Images are offline; the one stage that is not asks the Hub that the caller asks.
+        env |= {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+        env |= {key: os.environ[key] for key in ("HF_ENDPOINT",) if key in os.environ}
     if job.gpus:
         env["LD_LIBRARY_PATH"] = DRIVER_FOLDER
     return {

@@ -323,3 +323,19 @@ def test_in_a_container_the_cache_is_the_work_folder(hub: Hub, project: Path) ->
     before = sorted(os.listdir(hub.folder / "home/hub"))
     fetch(hub, project, "data", PREFBUILD_IMAGE="sha256:0")
     assert sorted(os.listdir(hub.folder / "home/hub")) == before and fetched(project) == {"train.parquet": ROWS}
+
+
+@pytest.mark.timeout(900)
+def test_a_container_fetches_from_the_hub_without_the_token(hub: Hub, project: Path, cpu_image: str) -> None:
+    put_checkpoint(hub)
+    hub.put("me/rows", {"train.jsonl": ROWS}, kind="dataset")
+    prefbuild(hub, project, "lock")
+    prefbuild(hub, project, "image", "lock", "cpu", cpu_image)
+    fetch(hub, project, "data", HF_HUB_OFFLINE="0", PREFBUILD_RUNNER="docker")
+    assert fetched(project) == {"train.jsonl": ROWS}
+    assert (
+        WRITE
+        not in (project / "build/.work/logs")
+        .joinpath(f"data-{next((project / 'build/data').iterdir()).name}.log")
+        .read_text()
+    )
