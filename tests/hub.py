@@ -10,8 +10,8 @@ downloads with ranges, private and gated repositories, read and write tokens, an
         hub.log                                                  # every request, with its status
 
 As in life, LFS files lie on another host, under signed addresses that no token may be sent to. It keeps contents by
-their sha256, and all else in hub.json, so it goes on where it was stopped. Not covered: pull requests, spaces, Xet
-(HF_HUB_DISABLE_XET=1; a client without it downloads well, and its upload of a large file ends with an error).
+their sha256, and all else in hub.json, so it goes on where it was stopped. Xet is hf_xet itself on a folder
+(`casUrl: local://`), so faults in the transfer of bytes need HF_HUB_DISABLE_XET=1. Not covered: pull requests, spaces.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import json
 import os
 import re
 import socket
+import struct
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,6 +114,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.storage = f"http://localhost:{self.server.server_port}/storage"
+        self.xet_url = f"local://{folder.resolve()}/xet"
         self.verbose = False
 
     def __enter__(self) -> "Hub":
@@ -235,6 +238,27 @@ class Hub:
 
     def save(self) -> None:
         write_whole(self.folder / "hub.json", json.dumps(self.repos).encode())
+
+    # ---- Xet
+
+    def xet_files(self) -> dict[str, str]:
+        """The Xet hash of every file that came by Xet, by its sha256: the shards that hf_xet wrote tell."""
+        shards = (self.folder / "xet").rglob("shards/*.mdb")
+        return {sha256: xet for shard in shards for sha256, xet in files_of_shard(shard.read_bytes())}
+
+    def take_from_xet(self, sha256: str) -> None:
+        """Put a file that came by Xet among the others, if it did."""
+        xet = self.xet_files().get(sha256)
+        if xet is None:
+            return
+        import hf_xet
+
+        access = {"endpoint": self.xet_url, "token": "test", "token_expiry_unix_secs": int(time.time()) + 3600}
+        incoming = self.folder / "incoming" / f"{sha256}.xet"
+        with hf_xet.XetSession().new_file_download_group(**access) as group:
+            group.start_download_file(hf_xet.XetFileInfo(xet, None), str(incoming))
+        assert hashlib.sha256(incoming.read_bytes()).hexdigest() == sha256
+        os.replace(incoming, self.blob(sha256))
 
     # ---- who may do what
 
@@ -421,8 +445,11 @@ class Handler(BaseHTTPRequestHandler):
                 return self._preupload(key, revision)
             case "POST", ["commit", revision]:
                 return self._commit(key, revision)
-            case "GET", ["xet-read-token" | "xet-write-token", _]:
-                raise Refused(501, "This hub has no Xet storage: set HF_HUB_DISABLE_XET=1")
+            case "GET", [("xet-read-token" | "xet-write-token") as kind, _]:
+                hub.repo(key, self.token, write=kind == "xet-write-token", content=True)
+                token = {"accessToken": "test", "exp": int(time.time()) + 3600, "casUrl": hub.xet_url}
+                headers = {"X-Xet-Access-Token": "test", "X-Xet-Token-Expiration": str(token["exp"])}
+                return to_json(token, **headers, **{"X-Xet-Cas-Url": hub.xet_url})
         raise Refused(404, f"Sorry, we can't find {self.command} {self.path}.")
 
     def _create(self) -> Answer:
@@ -562,6 +589,8 @@ class Handler(BaseHTTPRequestHandler):
                     case "lfsFile":
                         blob = self.hub.blob(value["oid"])
                         if not blob.exists():
+                            self.hub.take_from_xet(value["oid"])
+                        if not blob.exists():
                             raise Refused(400, f"LFS object {value['oid']} of {path} was not uploaded")
                         size = blob.stat().st_size
                         oid = git_sha1(pointer(value["oid"], size))
@@ -642,6 +671,8 @@ class Handler(BaseHTTPRequestHandler):
         if entry["lfs"]:
             headers |= {"X-Linked-ETag": f'"{entry["sha256"]}"', "X-Linked-Size": str(entry["size"])}
             headers["Location"] = f"{self.hub.storage}/{entry['sha256']}?signature=1"
+            if xet := self.hub.xet_files().get(entry["sha256"]):
+                headers |= {"X-Xet-Hash": xet, "X-Xet-Refresh-Route": f"{self.hub.url}/api/{key}/xet-read-token/{sha}"}
             return Answer(302, b"", headers)
         return self._file(self.hub.blob(entry["sha256"]), headers | {"ETag": f'"{entry["oid"]}"'})
 
@@ -690,6 +721,21 @@ def is_lfs(path: str, size: int, sample: bytes) -> bool:
 def pointer(sha256: str, size: int) -> bytes:
     """What git holds in place of an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+
+
+def files_of_shard(shard: bytes) -> Iterator[tuple[str, str]]:
+    """sha256 and Xet hash of every file that a shard describes, in entries of 48 bytes behind a header of one."""
+
+    def word(at: int) -> str:  # four little-endian numbers
+        return b"".join(shard[at + i : at + i + 8][::-1] for i in range(0, 32, 8)).hex()
+
+    at = 48
+    while shard[at : at + 32] != b"\xff" * 32:
+        xet, (flags, segments) = word(at), struct.unpack("<II", shard[at + 32 : at + 40])
+        at += 48 * (1 + segments * (2 if flags & 1 << 31 else 1))  # each segment, and how it is verified
+        if flags & 1 << 30:
+            yield word(at), xet
+            at += 48
 
 
 def git_sha1(content: bytes) -> str:

@@ -288,22 +288,27 @@ def test_damaged_uploads_are_not_kept(hub: Hub) -> None:
     assert connection.getresponse().status == 400  # a token is not for storage
 
 
-def test_with_xet_downloads_work_and_a_large_upload_says_what_to_set(hub: Hub) -> None:
+def test_xet_works_both_ways(hub: Hub) -> None:
     hub.put("me/model", {"m.safetensors": b"weights"})
+    folder = hub.folder.parent
+    (folder / "n.safetensors").write_bytes(os.urandom(300_000))
     answer = client(
         hub,
-        """
-        read = open(hf_hub_download("me/model", "m.safetensors"), "rb").read().decode()
-        api.create_commit("me/model", [Add("small.txt", b"text")], commit_message="x")
-        try:
-            api.create_commit("me/model", [Add("n.safetensors", b"other weights")], commit_message="x")
-        except Exception as error:
-            answer([read, str(error)])
+        f"""
+        files = [Add("small.txt", b"text"), Add("n.safetensors", {str(folder / "n.safetensors")!r})]
+        oid = api.create_commit("me/model", [*files, Add("o.bin", b"xet" * 99)], commit_message="x").oid
+        read = lambda name: hashlib.sha256(open(hf_hub_download("me/model", name), "rb").read()).hexdigest()
+        answer({{name: read(name) for name in ("m.safetensors", "n.safetensors", "o.bin", "small.txt")}})
         """,
         HF_HUB_DISABLE_XET="0",
     )
-    assert answer[0] == "weights" and "xet" in answer[1].lower()
-    assert set(hub.tree("me/model")) == {".gitattributes", "m.safetensors", "small.txt"}
+    assert {**answer, ".gitattributes": hub.tree("me/model")[".gitattributes"]} == hub.tree("me/model")
+    assert hub.read("me/model", "n.safetensors") == (folder / "n.safetensors").read_bytes()
+    assert hub.requests("GET", "/xet-write-token/") and hub.requests("GET", "/xet-read-token/")
+    assert not hub.requests("PUT")
+    # What came by Xet can be had without it.
+    code = 'answer(open(hf_hub_download("me/model", "o.bin"), "rb").read().decode())'
+    assert client(hub, code, HF_HOME=str(folder / "another")) == "xet" * 99
 
 
 def test_it_runs_by_hand_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -178,6 +178,29 @@ def test_a_truncated_download_is_taken_up_where_it_ended(hub: Hub, project: Path
     assert [request.range for request in hub.requests("GET", "/storage/")] == [None, f"bytes={10 * 2**20}-"]
 
 
+def test_xet_is_verified_as_well_and_its_failure_told(hub: Hub, project: Path) -> None:
+    put_checkpoint(hub)
+    hub.put("me/rows", {}, kind="dataset")
+    rows = os.urandom(300_000)
+    (project / "rows.parquet").write_bytes(rows)
+    file = "path_or_fileobj='rows.parquet', path_in_repo='rows.parquet', repo_id='me/rows', repo_type='dataset'"
+    upload = f"import huggingface_hub; huggingface_hub.HfApi().upload_file({file})"
+    run(project, "python", "-c", upload, **{**hub.env(WRITE), "HF_HUB_DISABLE_XET": "0"})
+    prefbuild(hub, project, "lock")
+    fetch(hub, project, "data", HF_HUB_DISABLE_XET="0")
+    assert fetched(project) == {"rows.parquet": rows}
+    assert hub.requests("GET", "/xet-read-token/") and not hub.requests("GET", "/storage/")
+    shutil.rmtree(project / "build")
+    shutil.rmtree(hub.folder / "home")
+    (xorb,) = (path for path in (hub.folder / "xet").rglob("xorbs/xorbs/*") if path.stat().st_size > 1000)
+    content = xorb.read_bytes()
+    xorb.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    assert "gives other bytes than those of commit" in fetch(hub, project, "data", code=4, HF_HUB_DISABLE_XET="0")
+    hub.fault("status", "GET", "/xet-read-token/", status=403)
+    said = fetch(hub, project, "data", code=4, HF_HUB_DISABLE_XET="0")
+    assert "me/rows@main: your token is not allowed to read it; use one with read access" in said
+
+
 def test_what_hinders_is_told_apart(hub: Hub, project: Path) -> None:
     put_checkpoint(hub)
     hub.put("me/rows", {"train.parquet": ROWS}, kind="dataset")
