@@ -326,6 +326,8 @@ def _differ(path: str, old: Any, new: Any) -> list[str]:
         return lines
     if isinstance(old, list) and isinstance(new, list):
         return _lists_differ(path, old, new)
+    if path == "commit":  # of a repository on the Hub: all 40 digits would be hidden as a token
+        return [f"commit {str(old)[:8]} -> {str(new)[:8]}"]
     return [f"{path} {show(old)} -> {show(new)}"]
 
 

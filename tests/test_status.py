@@ -462,6 +462,7 @@ def section(**settings: Any) -> dict[str, Any]:
          ["evaluate.tasks[t].files: t.yaml is another (same size)"]),
         ({"measurements": [{"key": "1", "name": "t"}]}, {"measurements": [{"key": "2", "name": "u"}]},
          ["evaluate.tasks + u", "evaluate.tasks - t"]),
+        ({"commit": "0a" * 20}, {"commit": "1b" * 20}, ["commit 0a0a0a0a -> 1b1b1b1b"]),
     ],
 )  # fmt: skip
 def test_a_difference_is_called_as_in_a_recipe(old: dict[str, Any], new: dict[str, Any], lines: list[str]) -> None:
