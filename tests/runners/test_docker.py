@@ -85,7 +85,7 @@ def small_image(client: docker.DockerClient, base: str) -> str:
         entry.size = len(text)
         tar.addfile(entry, io.BytesIO(text))
     context.seek(0)
-    image, _ = client.images.build(fileobj=context, custom_context=True, network_mode="none")
+    image, _ = client.images.build(fileobj=context, custom_context=True, network_mode="none", rm=True)
     return str(image.id)
 
 
