@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"prefbuild {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name, run, help, example):  # type: ignore[no-untyped-def]
-        sub = commands.add_parser(
+    def command(name, run, help, example, among=commands):  # type: ignore[no-untyped-def]
+        sub = among.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
@@ -93,37 +93,28 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def image_command(name, run, help, example):  # type: ignore[no-untyped-def]
-        sub = images.add_parser(
-            name,
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = image_command(
+    sub = command(
         "build",
         _image_build,
         "make a role's image from containers/ROLE.Dockerfile and pin it",
         "prefbuild image build cpu\n  prefbuild image build cuda --base registry.example.org/cuda:13.0 --network host",
+        among=images,
     )
     sub.add_argument("role", metavar="ROLE", help="cpu, cuda, or your own containers/ROLE.Dockerfile")
     sub.add_argument("--base", metavar="IMAGE", help="build on this image instead of the Dockerfile's")
     sub.add_argument("--network", metavar="NAME", help="the engine's network for the build, such as host")
 
-    sub = image_command(
+    sub = command(
         "lock",
         _image_lock,
         "pin an image that the engine has",
         "prefbuild image lock cuda registry.example.org/prefbuild-cuda@sha256:...",
+        among=images,
     )
     sub.add_argument("role", metavar="ROLE", help="the role it is for, such as cpu")
     sub.add_argument("reference", metavar="REFERENCE", help="name@sha256:..., a tag, or an image ID")
 
-    image_command("list", _image_list, "what is pinned, and what the engine has of it", "prefbuild image list")
+    command("list", _image_list, "what is pinned, and what the engine has of it", "prefbuild image list", among=images)
 
     sub = command("sync", _sync, "write the DVC files the recipes ask for", "prefbuild sync --check")
     sub.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")

@@ -603,7 +603,7 @@ def containers(project: Project, recipe: Recipe, runner: str) -> list[Finding]:
     try:
         entry = locked_image(project.lock, role)
         pinned = find_image(client, entry, role)
-        current = pinned.labels.get("prefbuild.code") == image.code_digest()
+        current = image.is_current(pinned)
         findings.append(
             Finding(
                 what="image",

@@ -43,6 +43,11 @@ def code_digest() -> str:
     return digest_of({name: sha256_file(path) for name, path in package_files().items()})
 
 
+def is_current(image: "Image") -> bool:
+    """Whether an image holds the code of this machine's prefbuild."""
+    return bool(image.labels.get("prefbuild.code") == code_digest())
+
+
 def package_files() -> dict[str, Path]:
     """The package's own files by their path in it, without what only makes images, caches and hidden files."""
     return {
@@ -104,7 +109,7 @@ def lock(root: Path, role: str, reference: str) -> list[str]:
             f"its labels are {', '.join(sorted(labels)) or 'none'}); build one with `prefbuild image build {role}`"
         )
     lines = _pin(root, role, image, reference, before)
-    if labels["prefbuild.code"] != code_digest():
+    if not is_current(image):
         lines.append(
             f"warning: it holds prefbuild {labels.get('prefbuild.version', '?')} with other code than this one "
             f"({__version__}): its stages may do other things than this machine's; "
@@ -386,7 +391,7 @@ def _row(client: "DockerClient | None", role: str, entry: dict[str, Any] | None)
     if image is None:
         return (*known, "missing", "-", "-", "-")
     made = str(image.attrs.get("Created", ""))[:16].replace("T", " ")
-    code = "up to date" if image.labels.get("prefbuild.code") == code_digest() else "other"
+    code = "up to date" if is_current(image) else "other"
     return (*known, "has it", _size(image), made, code)
 
 

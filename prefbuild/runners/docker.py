@@ -20,7 +20,7 @@ from typing import Any
 
 from prefbuild.engine import address, connect, find_image, is_podman
 from prefbuild.errors import LockError, StageError
-from prefbuild.image import code_digest
+from prefbuild.image import is_current
 from prefbuild.job import WORK, Image, Job, refuse_special
 from prefbuild.runners.containers import PATIENCE, labels_of, remove, remove_stale
 from prefbuild.runners.gpus import INSIDE as DRIVER_FOLDER
@@ -80,7 +80,7 @@ def pinned_image(client: Any, image: Image) -> Any:
             f"(or `prefbuild image lock {image.role} IMAGE`), then build again"
         )
     found = find_image(client, {"id": image.id, "repo_digest": image.repo_digest}, image.role)
-    if found.labels.get("prefbuild.code") != code_digest():
+    if not is_current(found):
         _say(f"image {image.role} holds other code of prefbuild than this machine; {_rebuild(image)}")
     return found
 

@@ -56,12 +56,10 @@ def _links(inputs: dict[str, Path]) -> dict[str, Path]:
     """What symbolic links in the inputs point to, by where the link will look for it: caches of DVC and the Hub link."""
     found: dict[str, Path] = {}
     for top, path in inputs.items():
-        files = [path] if path.is_symlink() else []
-        if path.is_dir():
-            files += [Path(parent, name) for parent, folders, names in os.walk(path) for name in folders + names]
-        for file in files:
-            if not file.is_symlink() or file == path:
-                continue  # an input that is a link itself is mounted as what it points to
+        # An input that is a link itself is mounted as what it points to; os.walk finds nothing in a plain file.
+        for file in (Path(parent, name) for parent, folders, names in os.walk(path) for name in folders + names):
+            if not file.is_symlink():
+                continue
             where = posixpath.join(top, file.relative_to(path).as_posix())
             target = posixpath.normpath(posixpath.join(posixpath.dirname(where), os.readlink(file)))
             if not file.exists():
