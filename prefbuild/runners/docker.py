@@ -287,7 +287,7 @@ def _why_killed(client: Any, running: Running, end: "End") -> None:
 
     time.sleep(POLL)
     try:
-        end.removed = not client.containers.list(all=True, filters={"id": running.id})
+        end.removed = not client.api.containers(all=True, filters={"id": running.id})
     except (DockerException, RequestException, OSError):
         end.engine_gone = True
 

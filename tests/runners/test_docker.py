@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import docker
@@ -58,16 +59,20 @@ class Bench:
 
     def containers(self) -> list[str]:
         """Of this folder, in any state."""
-        found = self.client.containers.list(all=True, filters={"label": f"prefbuild.project={self.folder}"})
-        return [container.id for container in found]
+        found = self.client.api.containers(all=True, filters={"label": f"prefbuild.project={self.folder}"})
+        return [container["Id"] for container in found]
 
-    def running(self) -> str:
-        """The container's ID once its program runs."""
+    def running(self, process: subprocess.Popen) -> str:
+        """The container's ID once its program runs; fails with what the process said when it ended instead."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[0]
             for id in self.containers():
-                if b"ready" in self.client.api.logs(id):
-                    return id
+                with suppress(
+                    docker.errors.NotFound
+                ):  # an engine lists a container a moment before it can be asked about
+                    if b"ready" in self.client.api.logs(id):
+                        return id
             time.sleep(0.05)
         raise AssertionError("no container runs")
 
@@ -226,7 +231,7 @@ def test_what_a_stage_can_do_inside(bench: Bench) -> None:
 
 def test_no_secret_of_the_caller_is_in_the_container_or_its_log(bench: Bench) -> None:
     process = bench.start(SLEEP, env=SECRETS)
-    about = json.dumps(bench.client.api.inspect_container(bench.running()))
+    about = json.dumps(bench.client.api.inspect_container(bench.running(process)))
     process.send_signal(signal.SIGTERM)
     text = bench.end(process, 130)
     log = (bench.folder / "build/.work/logs/train-test.log").read_text()
@@ -341,7 +346,7 @@ def test_a_child_killed_for_memory_is_noticed_inside_too(engine: str, cpu_image:
 )
 def test_ended_by_somebody_else(bench: Bench, how: str, message: str) -> None:
     process = bench.start(SLEEP)
-    id = bench.running()
+    id = bench.running(process)
     if how == "kill":
         bench.client.api.kill(id)
     elif how == "stop":
@@ -482,14 +487,14 @@ def test_interrupted_while_it_starts(bench: Bench, signal_at: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_while_it_runs(bench: Bench, number: signal.Signals) -> None:
     process = bench.start(SLEEP)
-    bench.running()
+    bench.running(process)
     process.send_signal(number)
     bench.end(process, 130, timeout=20)
 
 
 def test_a_stage_that_ignores_signals_is_ended_all_the_same(bench: Bench) -> None:
     process = bench.start("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP)
-    bench.running()
+    bench.running(process)
     process.send_signal(signal.SIGINT)
     bench.end(process, 130, timeout=25)
 
@@ -510,7 +515,7 @@ def test_it_ends_with_the_dvc_above_it(bench: Bench) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    bench.running()
+    bench.running(above)
     above.kill()
     above.wait()
     deadline = time.monotonic() + 20
@@ -521,7 +526,7 @@ def test_it_ends_with_the_dvc_above_it(bench: Bench) -> None:
 
 def test_what_a_crash_left_is_cleaned_and_nothing_else(bench: Bench) -> None:
     crashed, alive = bench.start(SLEEP), None
-    dead = bench.running()
+    dead = bench.running(crashed)
     crashed.kill()
     crashed.communicate()
     created = bench.client.containers.create(bench.image, labels=bench.client.containers.get(dead).labels)
@@ -530,7 +535,7 @@ def test_what_a_crash_left_is_cleaned_and_nothing_else(bench: Bench) -> None:
     other.folder.mkdir()
     try:
         alive = other.start(SLEEP)
-        lives = other.running()
+        lives = other.running(alive)
         text = run(bench.folder, "prefbuild", "clean", "--containers", DOCKER_HOST=bench.host)
         assert f"removed {dead[:12]} (train test, running, of {bench.folder})" in text
         assert f"removed {created.id[:12]} (train test, created" in text
@@ -546,7 +551,7 @@ def test_what_a_crash_left_is_cleaned_and_nothing_else(bench: Bench) -> None:
 
 def test_the_next_run_removes_what_a_crashed_one_left(bench: Bench) -> None:
     crashed = bench.start(SLEEP)
-    left = bench.running()
+    left = bench.running(crashed)
     crashed.kill()
     crashed.communicate()
     text = bench.run(WRITE)
@@ -592,7 +597,7 @@ def private(
 def test_engine_restarts_and_the_stage_goes_on(private: tuple, number: signal.Signals) -> None:
     bench, daemon = private
     process = bench.start(TICKS + WRITE.format("whole"))
-    bench.running()
+    bench.running(process)
     daemon.kill(number)
     time.sleep(2)
     daemon.start()
@@ -608,7 +613,7 @@ def test_engine_restarts_and_the_stage_goes_on(private: tuple, number: signal.Si
 def test_engine_restarts_and_takes_the_stage_with_it(private: tuple, number: signal.Signals) -> None:
     bench, daemon = private
     process = bench.start(SLEEP)
-    bench.running()
+    bench.running(process)
     daemon.kill(number)
     time.sleep(1)
     daemon.start()
@@ -621,7 +626,7 @@ def test_engine_restarts_and_takes_the_stage_with_it(private: tuple, number: sig
 def test_interrupted_while_the_engine_is_away(private: tuple) -> None:
     bench, daemon = private
     process = bench.start(SLEEP)
-    left = bench.running()
+    left = bench.running(process)
     daemon.kill(signal.SIGKILL)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
