@@ -19,7 +19,7 @@ from prefbuild.artifact import MANIFEST, canonical_json, digest_of, verify_artif
 from prefbuild.errors import PromotionRefused, StageError
 from prefbuild.gates import METRICS, titles
 from prefbuild.promote.card import render_card
-from prefbuild.promote.provenance import SourceState, provenance
+from prefbuild.promote.provenance import SourceState, gather
 from prefbuild.promote.publishable import check_publishable
 from prefbuild.promote.verify import judged_bytes
 
@@ -124,7 +124,7 @@ def _write(
         base = root / inputs["baseline"] / f"{key}.json"
         if base.exists():
             metrics["baseline"][title] = json.loads(base.read_text(encoding="utf-8"))["metrics"]
-    facts = provenance(root, name, version=version, build=build, resolved=resolved, gate=gate, source=source)
+    facts = gather(root, name, version=version, build=build, resolved=resolved, gate=gate, source=source)
     (folder / "recipe.yaml").write_bytes((root / "recipes" / f"{name}.yaml").read_bytes())
     (folder / "resolved.json").write_text(canonical_json(resolved), encoding="utf-8")
     (folder / "gate.json").write_text(canonical_json(gate), encoding="utf-8")

@@ -55,7 +55,7 @@ def _state(root: Path, name: str) -> SourceState:
     return SourceState(commit=commit, dirty=sorted(dirty))
 
 
-def provenance(
+def gather(
     root: Path,
     name: str,
     *,
