@@ -57,7 +57,14 @@ def _member_path(path: str) -> str:
     return path
 
 
+def _below_recipes(path: str) -> str:
+    if PurePosixPath(_safe_path(path)).parts[:1] != ("recipes",):
+        raise ValueError("is not below recipes/; put the file there, where it is committed with the recipe")
+    return path
+
+
 FilePath = Annotated[str, AfterValidator(_safe_path)]
+HubName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 MemberPath = Annotated[str, AfterValidator(_member_path)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -89,10 +96,7 @@ class HubSource(Strict):
     """A repository on the Hugging Face Hub, pinned by its commit and the sha256 of every file that is read."""
 
     source: Literal["hub"] = Field(description="A repository on the Hugging Face Hub.")
-    repo: str = Field(
-        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
-        description="The repository, `owner/name`. Private ones too.",
-    )
+    repo: HubName = Field(description="The repository, `owner/name`. Private ones too.")
     revision: str = Field(
         default="main", pattern=r"^[^\s]+$", description="A branch, tag or commit; the lock pins the commit it is at."
     )
@@ -440,19 +444,38 @@ class Gate(Strict):
         return self
 
 
-class Promote(Strict):
-    """Where a model that passed its gates is published."""
+class PromoteOptions(Strict):
+    """What is published, wherever."""
 
-    to: Literal["directory"] = Field(default="directory", description="A directory registry.")
-    path: FilePath = Field(default="registry", description="The registry's folder.")
     adapter: bool = Field(default=True, description="Publish the adapter.")
     merged: bool = Field(default=True, description="Publish the merged weights.")
+    card: Annotated[str, AfterValidator(_below_recipes)] | None = Field(
+        default=None, description="A Markdown file below recipes/ whose text stands on the model card."
+    )
 
     @model_validator(mode="after")
-    def _publishes_something(self) -> "Promote":
+    def _publishes_something(self) -> "PromoteOptions":
         if not (self.adapter or self.merged):
             raise _Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
         return self
+
+
+class PromoteDirectory(PromoteOptions):
+    """A folder on this machine, or on a disk that others see too."""
+
+    to: Literal["directory"] = Field(description="A directory registry.")
+    path: FilePath = Field(default="registry", description="The registry's folder.")
+
+
+class PromoteHub(PromoteOptions):
+    """A repository on the Hugging Face Hub: a commit and a tag a version."""
+
+    to: Literal["hub"] = Field(description="The Hugging Face Hub.")
+    repo: HubName = Field(description="The repository, `owner/name`; made when it is not there.")
+    private: bool = Field(default=True, description="Whether only its owner may see it. False: everybody.")
+
+
+Promote = Annotated[Union[PromoteDirectory, PromoteHub], Field(discriminator="to")]
 
 
 class Recipe(Strict):
@@ -791,7 +814,7 @@ OTHER_KEYS = {
 _TOP_NAME = "a recipe is named by its file; remove it"
 _PRECISION = "write precision: bf16 (or auto, or float32)"
 _QUANTISED = "quantised training does not exist here yet; remove it"
-_HUB = "the Hub is not a place to publish from here yet; remove it, and see promote"
+_HUB = "training publishes nothing; write promote: {to: hub, repo: owner/name}"
 NOT_HERE = {
     "recipe.name": _TOP_NAME,
     "recipe.id": _TOP_NAME,
@@ -860,7 +883,7 @@ OTHER_VALUES = {
     ("optim", "adam"): "did you mean adamw_torch?",
     ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",
     ("optim", "paged_adamw"): "did you mean paged_adamw_32bit?",
-    **{("to", name): "the Hub is not a place to publish from here yet" for name in ("hub", "hf", "huggingface")},
+    **{("to", name): "write to: hub" for name in ("hf", "huggingface", "huggingface_hub")},
     ("on_broken", "skip"): "did you mean drop?",
     ("on_too_long", "skip"): "did you mean drop?",
 }
@@ -1070,7 +1093,7 @@ def _unknown_key(model: type[BaseModel], section: type[BaseModel], loc: Loc) -> 
     if likely is not None and likely.rpartition(".")[2] in sections.get(likely.rpartition(".")[0], ()):
         return f"unknown key; did you mean {_from(where, likely)}?"
     if key in sections[where]:
-        return f"does not go with this source; known here: {', '.join(known)}"
+        return f"does not go with this; known here: {', '.join(known)}"
     if model is Defaults and (key in _sections(Recipe).get(where, ()) or likely is not None):
         return f"unknown key; each recipe says this for itself, here go only {', '.join(known)}"
     if close := difflib.get_close_matches(guess, known, 1, 0.85):

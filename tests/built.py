@@ -44,7 +44,7 @@ RECIPE: dict[str, Any] = {
     },
     "train": {"method": "dpo", "beta": 0.25, "max_steps": 8, "lora": {"r": 4}},
     "evaluate": {"tasks": [{"task": f"recipes/tasks/{name}.yaml"} for name in ("concise", "sense")]},
-    "promote": {"path": "registry"},
+    "promote": {"to": "directory", "path": "registry"},
 }
 TASK = """\
 task: {name}

@@ -79,6 +79,7 @@ gates:
   - metric: prepare.dropped.prompt_too_long
     max: 0
 promote:
+  to: directory
   path: registry
 """
 

@@ -261,10 +261,15 @@ IN_TASK = {
     "name: x": "evaluate.tasks[0].name: unknown key; did you mean task?",
 }
 AT_THE_END = {
-    "promote: {to: hub}": "promote.to: 'hub' is not known; the Hub is not a place to publish from here yet (known: directory)",
-    "promote: {to: s3}": "promote.to: 's3' is not known; known: directory",
-    "promote: {adapter: false, merged: false}": "promote.merged: is false, and adapter too, which publishes nothing; set one of them",
-    "promote: yes": "promote: is text 'yes'; a section is wanted",
+    "promote: {to: hub}": "promote.repo: missing; required: The repository, `owner/name`; made when it is not there",
+    "promote: {to: hub, repo: me}": "promote.repo: is text 'me'; wanted: The repository, `owner/name`; made when it is not there",
+    "promote: {to: hub, repo: me/x, path: registry}": "promote.path: does not go with this; known here: adapter, merged, card, to, repo, private",
+    "promote: {to: huggingface}": "promote.to: 'huggingface' is not known; write to: hub (known: directory, hub)",
+    "promote: {to: s3}": "promote.to: 's3' is not known; known: directory, hub",
+    "promote: {path: registry}": "promote.to: missing; required: directory or hub",
+    "promote: {to: directory, card: about.md}": "promote.card: 'about.md' is not below recipes/; put the file there, where it is committed with the recipe",
+    "promote: {to: directory, adapter: false, merged: false}": "promote.merged: is false, and adapter too, which publishes nothing; set one of them",
+    "promote: yes": "promote: is text 'yes'; a section is wanted, with to: directory or hub in it",
     "seed: -1": "seed: is -1; at least 0 is wanted",
     "seed: 1.0": "seed: is the number 1.0; a whole number is wanted, write 1",
     "seed: true": "seed: is true; a whole number is wanted",
@@ -355,7 +360,7 @@ REPLACED = [
     (
         "base:\n  source: file\n  path: models/tiny\n",
         "base: {source: recipe, recipe: x, dtype: float16}\n",
-        ["1: base.dtype: does not go with this source; known here: source, recipe"],
+        ["1: base.dtype: does not go with this; known here: source, recipe"],
     ),
     (
         "base:\n  source: file\n  path: models/tiny\n",
@@ -416,7 +421,7 @@ REPLACED = [
     (
         "    - {source: file, path: rows.jsonl}",
         "    - {source: file, path: a, package: b}",
-        ["6: data.sources[0].package: does not go with this source; known here: source, path"],
+        ["6: data.sources[0].package: does not go with this; known here: source, path"],
     ),
     (
         "    - task: recipes/concise/concise.yaml",
@@ -875,7 +880,7 @@ FULL: dict[str, Any] = {
     "merge": {"max_kl": 1.0},
     "evaluate": {"tasks": [{"task": "t", "data": {"test": "f"}, "limit": 1}]},
     "gates": [{"metric": "evaluate.t.acc", "min_delta": 0.1, "against": "base"}],
-    "promote": {"path": "r"},
+    "promote": {"to": "directory", "path": "r"},
 }
 
 

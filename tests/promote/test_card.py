@@ -143,7 +143,7 @@ def test_a_model_without_a_chat_template_is_not_asked_through_one(root):
 
 
 def test_how_to_use_the_adapter_alone(root):
-    change_recipe(root, promote={"path": "registry", "merged": False})
+    change_recipe(root, promote={"to": "directory", "path": "registry", "merged": False})
     text = card(root)
     assert front(text)["library_name"] == "peft"
     assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "registry/x/v3/adapter")' in code(
@@ -184,7 +184,7 @@ def test_no_section_is_empty(root, case):
     if case == "no description":
         change_recipe(root, description="")
     elif case == "adapter only":
-        change_recipe(root, promote={"merged": False})
+        change_recipe(root, promote={"to": "directory", "merged": False})
     elif case == "no licence":
         (root / BASE / "README.md").unlink()
     elif case == "nothing dropped":

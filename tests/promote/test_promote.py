@@ -105,7 +105,8 @@ def test_provenance_holds_the_whole_chain(root):
 
 @pytest.mark.parametrize(("adapter", "merged"), [(True, False), (False, True)])
 def test_only_what_the_recipe_says_is_published(root, adapter, merged):
-    built.write_recipe(root, "x", gates=built.GATES, promote={"path": "models", "adapter": adapter, "merged": merged})
+    where = {"to": "directory", "path": "models", "adapter": adapter, "merged": merged}
+    built.write_recipe(root, "x", gates=built.GATES, promote=where)
     built.resolve_all(root)
     lock(root)
     git(root, "commit", "-qam", "publish less")
