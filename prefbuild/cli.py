@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from prefbuild import __version__
 from prefbuild.errors import PrefbuildError
@@ -68,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
             "--runner",
             metavar="RUNNER",
             help="local or docker; default: PREFBUILD_RUNNER, then `runner:` in ~/.config/prefbuild/settings.yaml, then local",
+        )
+
+    def key(sub, help):  # type: ignore[no-untyped-def]
+        sub.add_argument(
+            "--key", metavar="FOLDER", help=f"{help}; default: PREFBUILD_KEY, then ~/.config/prefbuild/keys"
         )
 
     sub = command(
@@ -189,6 +195,44 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument("--allow-dirty", action="store_true", help="publish though sources are not committed; recorded")
+    sub.add_argument(
+        "--replace", action="store_true", help="publish over files in a Hub repository that no promotion put there"
+    )
+    key(sub, "sign with the keys in this folder")
+
+    sub = command(
+        "promotions", _promotions, "what was promoted, when, where to, from which commit", "prefbuild promotions"
+    )
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = command(
+        "verify",
+        _verify,
+        "check that a published model is exactly what passed its gates",
+        "prefbuild verify owner/model@v2\n  prefbuild verify registry/smollm2-concise/v1",
+    )
+    sub.add_argument("what", metavar="REPO[@REV]", help="a repository on the Hub, or a folder")
+    sub.add_argument("--quick", action="store_true", help="take the Hub's word for the digests of large files")
+    key(sub, "the folder with the signer's public keys")
+
+    sub = command(
+        "rollback",
+        _rollback,
+        "make the version promoted before the current one current again",
+        "prefbuild rollback smollm2-concise\n  prefbuild rollback smollm2-concise --to v1",
+    )
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument("--to", metavar="VERSION", help="go back to this version")
+    sub.add_argument(
+        "--replace", action="store_true", help="also when main holds files that no promotion put there"
+    )
+    key(sub, "the folder with the signer's public keys")
+
+    sub = command("keygen", _keygen, "make the keys that promotions are signed with", "prefbuild keygen --passphrase")
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", help="default: ~/.config/prefbuild/keys")
+    sub.add_argument(
+        "--passphrase", action="store_true", help="encrypt the private keys; asked for, or PREFBUILD_KEY_PASSPHRASE"
+    )
 
     sub = command("doctor", _doctor, "what this machine lacks for a recipe", "prefbuild doctor smollm2-concise")
     sub.add_argument("name", metavar="NAME", help="the recipe")
@@ -381,9 +425,59 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _promote(arguments: argparse.Namespace) -> int:
     from prefbuild.promote import promote
 
-    record = promote(_enter_project(), arguments.name, allow_dirty=arguments.allow_dirty)
-    already = " (already there: nothing changed)" if record.get("already") else ""
-    print(f"promoted {arguments.name} {record['version']}: {record['path']}{already}")
+    options = {"allow_dirty": arguments.allow_dirty, "key": arguments.key, "replace": arguments.replace}
+    record = promote(_enter_project(), arguments.name, **options)
+    already = " (already there: nothing changed)" if record["already"] else ""
+    print(f"promoted {arguments.name} {record['version']}: {_place(record)}{already}")
+    return 0
+
+
+def _place(record: dict[str, Any]) -> str:
+    if record["to"] == "directory":
+        return f"{record['place']}/{record['name']}/{record['version']}"
+    return f"{record['place']}@{record['version']} (commit {record['commit'][:8]})"
+
+
+def _promotions(arguments: argparse.Namespace) -> int:
+    import json
+
+    from prefbuild.promote.record import RECORD, read, table
+
+    entries = read(_enter_project())
+    if arguments.json:
+        print(json.dumps(entries, indent=2))
+    else:
+        print(table(entries) if entries else f"nothing was promoted ({RECORD} has no line)")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from prefbuild.errors import UsageError
+    from prefbuild.promote.verify import verify
+    from prefbuild.resolve import find_root
+
+    try:
+        root = find_root(Path.cwd())
+    except UsageError:
+        root = None  # anybody may check, with the signer's public keys
+    print("\n  ".join(verify(arguments.what, root=root, key=arguments.key, quick=arguments.quick).lines))
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from prefbuild.promote import rollback
+
+    options = {"to": arguments.to, "key": arguments.key, "replace": arguments.replace}
+    record = rollback(_enter_project(), arguments.name, **options)
+    print(f"rolled {arguments.name} back to {record['same_as']}, as {record['version']}: {_place(record)}")
+    return 0
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from prefbuild.promote.signing import default_keys, keygen, new_passphrase
+
+    passphrase = new_passphrase() if arguments.passphrase else None
+    print("\n".join(keygen(Path(arguments.folder) if arguments.folder else default_keys(), passphrase)))
     return 0
 
 

@@ -1,10 +1,10 @@
 """Publish exactly the artifact that passed its gates: verify -> publish -> read back -> record.
 
-    promote(root, name) -> {"version": "v3", "path": ..., "already": False, ...}
+    promote(root, name) -> {"version": "v3", "place": "me/model", "already": False, ...}
 
 Covered: stale, edited or foreign files between the evaluation and the publication, sources that are not committed,
-secrets and pickles in what is published, two promotions at once, a promotion killed at any point. Not covered: a forger
-who rewrites samples, every digest and every lock, and commits that; nothing here is signed.
+secrets and pickles in what is published, several promotions at once, a promotion killed or cut off at any point. Not
+covered: a forger who rewrites samples, every digest and every lock, commits that, and has the key.
 """
 
 import sys
@@ -13,21 +13,27 @@ from typing import Any
 
 from prefbuild.artifact import digest_of, sha256_file
 from prefbuild.errors import PromotionRefused
-from prefbuild.promote import directory, provenance
-from prefbuild.promote.verify import read_resolved, verified_gate
+from prefbuild.promote import directory, hub, provenance, record, signing
+from prefbuild.promote.gated import read_resolved, verified_gate
+from prefbuild.promote.verify import verify
+from prefbuild.promote.version import Files, link_or_copy, write_version
+from prefbuild.recipe import known_recipes, load_recipes
 
 DIRTY = "promoting all the same; nobody can rebuild this from git commit {commit}, which these are not in:"
 
 
-def promote(root: Path, name: str, *, allow_dirty: bool = False) -> dict[str, Any]:
-    """Publish a recipe's gated artifact in the directory registry its recipe names.
+def promote(
+    root: Path, name: str, *, allow_dirty: bool = False, key: str | None = None, replace: bool = False
+) -> dict[str, Any]:
+    """Publish a recipe's gated artifact where its recipe says, and record it in promotions.jsonl.
 
-    Returns {name, version, path, build, artifact, git_commit, dirty, already, recorded}; `already` when this build is
-    public already, in which case nothing on disk changes but a record that was missing.
-    Raises PromotionRefused naming what is in the way, and leaves nothing behind.
+    `key` is the folder of the keys to sign with; without it the user's own, or none. `replace` publishes over files in a
+    Hub repository that no promotion put there. Returns the record with `already` (it is public, and nothing there was
+    changed) and `recorded`. Raises PromotionRefused naming what is in the way.
     """
     resolved = read_resolved(root, name)
     section = resolved["promote"]
+    target = section["settings"]["promote"]
     gate = verified_gate(root, name, resolved)
     source = provenance.source_state(root, name)
     if source.dirty and not allow_dirty:
@@ -37,14 +43,68 @@ def promote(root: Path, name: str, *, allow_dirty: bool = False) -> dict[str, An
         )
     if source.dirty:
         print(DIRTY.format(commit=source.commit or "(none)"), *source.dirty, sep="\n  ", file=sys.stderr)
-    build = digest_of({"gate": sha256_file(root / section["inputs"]["gate"]), "promote": section})
+    folder = signing.find_keys(key)
+    keys = signing.load_keys(folder) if folder else None
+    words = {"card": sha256_file(root / target["card"])} if target["card"] else {}
+    build = digest_of({"gate": sha256_file(root / section["inputs"]["gate"]), "promote": section, **words})
 
-    registry = root / section["settings"]["promote"]["path"]
-    with directory.locked(registry):
-        version = directory.find(registry, name, build)
-        already = version is not None
-        if version is None:
-            version = directory.publish(root, registry, name, resolved=resolved, gate=gate, source=source, build=build)
-        facts = directory.verify(registry, name, version, gate)
-        recorded = directory.record(registry, facts)
-    return {**facts, "path": str(registry / name / version), "already": already, "recorded": recorded}
+    def write(folder: Path, version: str) -> Files:
+        if keys is None:
+            print("prefbuild: publishing unsigned: there is no key; `prefbuild keygen` makes one", file=sys.stderr)
+        facts = provenance.gather(
+            root, name, version=version, build=build, resolved=resolved, gate=gate, source=source, key=keys and keys.id
+        )
+        copies = {"copy": link_or_copy} if target["to"] == "hub" else {}
+        return write_version(root, folder, resolved=resolved, gate=gate, facts=facts, keys=keys, **copies)
+
+    if target["to"] == "hub":
+        work = root / "build/.work" / f"promote-{name}"
+        with directory.locked(work.parent):
+            facts, already = hub.publish(target, name, build=build, gate=gate, work=work, write=write, replace=replace)
+    else:
+        registry = root / target["path"]
+        taken = record.versions(root, name, target["path"])
+        facts, already = directory.publish(registry, target, name, build=build, gate=gate, taken=taken, write=write)
+    return {**_record(root, target, facts), "already": already}
+
+
+def rollback(
+    root: Path, name: str, *, to: str | None = None, key: str | None = None, replace: bool = False
+) -> dict[str, Any]:
+    """Make the previous promoted version, or the version `to`, current again; its history stays.
+
+    Returns the record, with `same_as` the version gone back to. Raises PromotionRefused when there is none, or it is not
+    what was promoted.
+    """
+    target = _target(root, name)
+    if target["to"] == "hub":
+
+        def check(commit: str) -> None:
+            verify(f"{target['repo']}@{commit}", root=root, key=key, quick=True)
+
+        with directory.locked(root / "build/.work"):
+            facts, _ = hub.roll_back(target, name, to, check=check, replace=replace)
+    else:
+        taken = record.versions(root, name, target["path"])
+        facts, _ = directory.roll_back(root / target["path"], name, to, taken)
+    return _record(root, target, facts)
+
+
+def _target(root: Path, name: str) -> dict[str, Any]:
+    """Where a recipe is promoted to, built or not: going back must not wait for a build."""
+    recipes = load_recipes(root)
+    known_recipes([name], recipes)
+    where = recipes[name].promote
+    if where is None:
+        raise PromotionRefused(f"recipes/{name}.yaml: has no `promote:`, which says where to publish")
+    return where.model_dump(mode="json")
+
+
+def _record(root: Path, target: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Append a promotion to the project's record, unless it is there."""
+    keys = ("name", "version", "place", "commit", "build", "artifact", "adapter", "git_commit", "dirty", "time", "key",
+            "provenance", "same_as")  # fmt: skip
+    entry = {"to": target["to"], **{key: facts[key] for key in keys if key in facts}}
+    if target["to"] == "directory":
+        entry["place"] = target["path"]
+    return {**entry, "recorded": record.append(root, entry)}

@@ -1,32 +1,24 @@
-"""A folder as registry: <registry>/<name>/v1, v2, ... and promotions.jsonl, a line a promotion.
+"""A folder as registry: <registry>/<name>/v1, v2, ... each a whole version.
 
 A version is written beside its place, read back, and renamed into it, so that it is there whole or not at all. All of
 it happens under one lock; what a killed promotion left is removed, or recorded, by the next.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import MANIFEST, canonical_json, digest_of, verify_artifact, write_manifest
-from prefbuild.errors import PromotionRefused, StageError
-from prefbuild.gates import METRICS, titles
-from prefbuild.promote.card import render_card
-from prefbuild.promote.provenance import SourceState, gather
-from prefbuild.promote.publishable import check_publishable
-from prefbuild.promote.verify import judged_bytes
+from prefbuild.errors import PromotionRefused
+from prefbuild.promote import version
+from prefbuild.promote.version import Files
 
-RECORD = "promotions.jsonl"
 VERSION = re.compile(r"v([1-9][0-9]*)")
-# The role of each folder that may be published, and where gate.json keeps its digest.
-PUBLISHED = {"adapter": "adapter", "merged": "artifact"}
 
 
 @contextmanager
@@ -38,146 +30,105 @@ def locked(registry: Path) -> Iterator[None]:
         yield
 
 
-def find(registry: Path, name: str, build: str) -> str | None:
-    """The version that is this build, if it was published."""
-    for version in _versions(registry, name):
-        if _provenance(registry, name, version).get("build") == build:
-            return version
-    return None
-
-
 def publish(
-    root: Path,
     registry: Path,
+    target: dict[str, Any],
     name: str,
     *,
-    resolved: dict[str, Any],
-    gate: dict[str, Any],
-    source: SourceState,
     build: str,
-) -> str:
-    """Write the next version; returns its name. PromotionRefused leaves nothing behind."""
+    gate: dict[str, Any],
+    taken: Iterable[str],
+    write: Callable[[Path, str], Files],
+) -> tuple[dict[str, Any], bool]:
+    """Publish a build, unless it is there; returns what the record keeps, and whether it was there.
+
+    `taken` are versions that were promoted once, there still or not: a number is never given twice. `write(folder,
+    version)` writes the version's files. PromotionRefused leaves nothing behind.
+    """
+    with locked(registry):
+        found = next((one for one in _versions(registry, name) if _facts(registry, name, one)["build"] == build), None)
+        already = found is not None
+        if found is None:
+            found = _next(registry, name, taken)
+            _put(registry, name, found, lambda folder: write(folder, str(found)))
+        files = _check(registry, name, found)
+        version.check_roles(files, target, gate, str(registry / name / found))
+        return _record(registry, name, found), already
+
+
+def roll_back(registry: Path, name: str, to: str | None, taken: Iterable[str]) -> tuple[dict[str, Any], str]:
+    """Make an earlier version current again, as a copy with the next number; returns the record and the earlier version."""
+    with locked(registry):
+        there = _versions(registry, name)
+        if not there:
+            raise PromotionRefused(f"{registry / name}: holds no version")
+        origin = str(_facts(registry, name, there[-1])["version"])  # of a rollback, the version it went back to
+        if to is not None and to not in there:
+            raise PromotionRefused(f"{registry / name}: has no version {to}; it has {', '.join(there)}")
+        before = [one for one in there if int(one[1:]) < int(origin[1:])]
+        if to is None and not before:
+            raise PromotionRefused(f"{registry / name}: {there[-1]} is {origin}, and no version was promoted before it")
+        source = to or before[-1]
+        _check(registry, name, source)
+        back = str(_facts(registry, name, source)["version"])
+        if back == origin:
+            raise PromotionRefused(f"{registry / name}: {there[-1]} holds the files of {back} already")
+        number = _next(registry, name, taken)
+        copy = registry / name / source
+        _put(registry, name, number, lambda folder: shutil.copytree(copy, folder, dirs_exist_ok=True))
+        _check(registry, name, number)
+        return {**_record(registry, name, number), "same_as": back}, back
+
+
+def _put(registry: Path, name: str, number: str, write: Callable[[Path], Any]) -> None:
     (registry / name).mkdir(exist_ok=True)
     for stale in (registry / name).glob(".tmp-*"):  # the lock is ours, so its promotion is dead
         shutil.rmtree(stale)
-    version = _next_version(registry, name)
     temporary = Path(tempfile.mkdtemp(dir=registry / name, prefix=".tmp-"))
     try:
         temporary.chmod(0o755)
-        _write(root, temporary, name, version, resolved=resolved, gate=gate, source=source, build=build)
-        check_publishable(temporary)
-        manifest = write_manifest(temporary, stage="promote", name=name, inputs=gate["judged"])
-        _check_read_back(temporary, manifest["files"], gate)
+        write(temporary)
         _sync(temporary)
-        temporary.replace(registry / name / version)
+        temporary.replace(registry / name / number)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(registry / name)
-    return version
 
 
-def verify(registry: Path, name: str, version: str, gate: dict[str, Any]) -> dict[str, Any]:
-    """Hash a published version; returns what the record keeps. PromotionRefused names the file that differs."""
-    folder = registry / name / version
+def _check(registry: Path, name: str, number: str) -> Files:
+    """Hash a published version. PromotionRefused names the file that differs."""
+    folder = registry / name / number
+    files = version.read_files(folder)
+    version.check_files(files, _statement(registry, name, number)[0], str(folder))
+    return files
+
+
+def _record(registry: Path, name: str, number: str) -> dict[str, Any]:
+    return {**_facts(registry, name, number), "version": number, "place": str(registry)}
+
+
+def _facts(registry: Path, name: str, number: str) -> dict[str, Any]:
+    return _statement(registry, name, number)[1]
+
+
+def _statement(registry: Path, name: str, number: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = registry / name / number / version.STATEMENT
     try:
-        files = verify_artifact(folder)["files"]
-    except StageError as error:
-        raise PromotionRefused(f"{error}: the registry was changed since it was published") from None
-    _check_read_back(folder, files, gate)
-    facts = _provenance(registry, name, version)
-    return {key: facts[key] for key in ("name", "version", "build", "artifact", "git_commit", "dirty", "time")}
-
-
-def record(registry: Path, facts: dict[str, Any]) -> bool:
-    """Append a promotion to the registry's record, unless it is there. Returns whether it was appended."""
-    entries, whole = _recorded(registry)
-    if facts in entries:
-        return False
-    with open(registry / RECORD, "ab") as file:
-        file.truncate(whole)
-        file.write((json.dumps(facts, sort_keys=True, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-    return True
-
-
-def _write(
-    root: Path,
-    folder: Path,
-    name: str,
-    version: str,
-    *,
-    resolved: dict[str, Any],
-    gate: dict[str, Any],
-    source: SourceState,
-    build: str,
-) -> None:
-    section = resolved["promote"]
-    inputs, target = section["inputs"], section["settings"]["promote"]
-    roles = [role for role in PUBLISHED if target[role]]
-    for role in roles:
-        shutil.copytree(root / inputs[role], folder / role, copy_function=shutil.copyfile)
-    metrics = {stage: json.loads(judged_bytes(root, inputs[stage], gate)) for stage in METRICS}
-    metrics["baseline"] = {}
-    for key, title in titles(resolved["gate"]["settings"]["measurements"]).items():
-        base = root / inputs["baseline"] / f"{key}.json"
-        if base.exists():
-            metrics["baseline"][title] = json.loads(base.read_text(encoding="utf-8"))["metrics"]
-    facts = gather(root, name, version=version, build=build, resolved=resolved, gate=gate, source=source)
-    (folder / "recipe.yaml").write_bytes((root / "recipes" / f"{name}.yaml").read_bytes())
-    (folder / "resolved.json").write_text(canonical_json(resolved), encoding="utf-8")
-    (folder / "gate.json").write_text(canonical_json(gate), encoding="utf-8")
-    (folder / "metrics.json").write_text(canonical_json(metrics), encoding="utf-8")
-    (folder / "provenance.json").write_text(canonical_json(facts), encoding="utf-8")
-    (folder / "README.md").write_text(
-        render_card(root, resolved=resolved, gate=gate, metrics=metrics, provenance=facts), encoding="utf-8"
-    )
-
-
-def _check_read_back(folder: Path, files: dict[str, Any], gate: dict[str, Any]) -> None:
-    """What lies in the registry has the digests the gate judged."""
-    for role, key in PUBLISHED.items():
-        prefix = f"{role}/"
-        own = {path.removeprefix(prefix): entry for path, entry in files.items() if path.startswith(prefix)}
-        if not own:
-            continue  # the recipe does not publish it
-        own.pop(MANIFEST, None)
-        if digest_of(own) != gate[key]:
-            raise PromotionRefused(f"{folder / role}: read back as {digest_of(own)}, the gate judged {gate[key]}")
+        return version.read_statement(path.read_bytes(), str(path))
+    except OSError as error:
+        raise PromotionRefused(f"{path}: can't be read ({error.strerror}): the registry was changed since") from None
 
 
 def _versions(registry: Path, name: str) -> list[str]:
     folder = registry / name
     found = [path.name for path in folder.iterdir() if VERSION.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda version: int(version[1:]))
+    return sorted(found, key=lambda number: int(number[1:]))
 
 
-def _next_version(registry: Path, name: str) -> str:
-    """One above every version there is or was: a number is never given twice, even if a version was removed."""
-    used = [int(version[1:]) for version in _versions(registry, name)]
-    used += [int(entry["version"][1:]) for entry in _recorded(registry)[0] if entry["name"] == name]
+def _next(registry: Path, name: str, taken: Iterable[str]) -> str:
+    used = [int(number[1:]) for number in (*_versions(registry, name), *taken)]
     return f"v{max(used, default=0) + 1}"
-
-
-def _recorded(registry: Path) -> tuple[list[dict[str, Any]], int]:
-    """The record's entries, and its length without the half line that a promotion killed while writing left."""
-    path = registry / RECORD
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        return [json.loads(line) for line in whole.split(b"\n")[:-1]], len(whole)
-    except ValueError as error:
-        raise PromotionRefused(f"{path}: a line is not JSON ({error}); restore the record") from None
-
-
-def _provenance(registry: Path, name: str, version: str) -> dict[str, Any]:
-    path = registry / name / version / "provenance.json"
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PromotionRefused(f"{path}: can't be read: the registry was changed since it was published") from error
-    return facts
 
 
 def _sync(folder: Path) -> None:

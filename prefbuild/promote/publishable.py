@@ -11,8 +11,9 @@ from pathlib import Path
 
 from prefbuild.errors import PromotionRefused
 
-SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml")
-NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "LICENSE", "NOTICE")
+SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml", ".svg")
+BINARY = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+NAMES = (*BINARY, "LICENSE", "NOTICE", "provenance.intoto.jsonl", "model.sig")
 # Allowed by suffix, and still not to be let out: state of a training run.
 TRAINING = re.compile(r"(optimizer|scheduler|rng_state|training_args|trainer_state|scaler)([._-].*)?")
 
@@ -37,7 +38,10 @@ def check_publishable(folder: Path) -> None:
             raise PromotionRefused(f"{shown}: is state of a training run, which is not published")
         if path.suffix not in SUFFIXES and path.name not in NAMES:
             raise PromotionRefused(f"{shown}: is no kind of file that is published ({', '.join(SUFFIXES + NAMES)})")
-        kind = find_secret(_text(path))
+        text = _text(path)
+        if path.name not in BINARY and not _is_text(text, path.suffix):
+            raise PromotionRefused(f"{shown}: is not what its name says: {_magic(text)}; it is not published")
+        kind = find_secret(text)
         if kind:
             raise PromotionRefused(f"{shown}: holds {kind}; take it out, and change it: it may have been seen")
 
@@ -60,3 +64,18 @@ def _text(path: Path) -> bytes:
         return path.read_bytes()
     with open(path, "rb") as file:  # eight bytes of length, then the header: JSON, with free text in __metadata__
         return file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
+
+
+def _is_text(data: bytes, suffix: str) -> bool:
+    """Whether a text file is text, and a safetensors file begins with its header: a pickle by another name does neither."""
+    try:
+        text = data.decode()
+        return suffix != ".safetensors" or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _magic(data: bytes) -> str:
+    if data[:1] == b"\x80":
+        return "it begins like a pickle"
+    return "it begins like a zip, as PyTorch's pickles do" if data[:2] == b"PK" else "it is no text"

@@ -224,6 +224,21 @@ def _passphrase(path: Path) -> bytes:
     return given.encode()
 
 
+def new_passphrase() -> str:
+    """A passphrase for new keys: PREFBUILD_KEY_PASSPHRASE, or asked for twice. UsageError when they differ."""
+    given = os.environ.get("PREFBUILD_KEY_PASSPHRASE")
+    if given:
+        return given
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError("--passphrase asks for one on a terminal; elsewhere set PREFBUILD_KEY_PASSPHRASE")
+    from getpass import getpass
+
+    given = getpass("passphrase: ")
+    if getpass("once more: ") != given:
+        raise UsageError("the two differ; run it again")
+    return given
+
+
 @contextmanager
 def _extra() -> Iterator[None]:
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 import prefbuild
-from prefbuild.artifact import canonical_json, verify_artifact, write_json
+from prefbuild import promote as promotion
+from prefbuild.artifact import canonical_json, sha256_file, write_json
 from prefbuild.errors import PrefbuildError, PromotionRefused, UsageError
-from prefbuild.promote import directory, promote
+from prefbuild.promote import promote, signing, version
+from prefbuild.promote.provenance import facts_of
 from prefbuild.promote.publishable import check_publishable, find_secret
 from tests import built
 from tests.built import BASE, BASELINE, FILES, KEYS, edit, edit_lines, git, lock, seal, write
@@ -28,7 +31,7 @@ def refused(root: Path, **options: bool) -> str:
     with pytest.raises(PromotionRefused) as error:
         promote(root, "x", **options)
     assert not published(root)
-    assert not (root / "registry/promotions.jsonl").exists()
+    assert not (root / "promotions.jsonl").exists()
     return str(error.value)
 
 
@@ -39,7 +42,7 @@ def published(root: Path) -> list[str]:
 
 
 def records(root: Path) -> list[dict]:
-    return [json.loads(line) for line in (root / "registry/promotions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (root / "promotions.jsonl").read_text().splitlines()]
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
@@ -62,45 +65,45 @@ def rejudge(root: Path) -> None:
 def test_what_was_judged_is_published(root):
     record = promote(root, "x")
     folder = root / "registry/x/v1"
-    assert record["version"] == "v1"
-    assert record["path"] == str(folder)
+    assert (record["to"], record["place"], record["version"]) == ("directory", "registry", "v1")
     assert (record["already"], record["recorded"], record["dirty"]) == (False, True, [])
-    assert record["artifact"] == built.digest(root, "build/x/merged") == built.digest(folder, "merged")
-    assert built.digest(root, "build/x/adapter") == built.digest(folder, "adapter")
-    for role in ("adapter", "merged"):
+    assert record["artifact"] == built.digest(root, "build/x/merged")
+    assert record["adapter"] == built.digest(root, "build/x/adapter")
+    for role, place in (("merged", folder), ("adapter", folder / "adapter")):
         for path in (root / "build/x" / role).iterdir():
-            assert (folder / role / path.name).read_bytes() == path.read_bytes()
-    verify_artifact(folder)
-    assert (folder / "gate.json").read_bytes() == (root / "build/x/gate.json").read_bytes()
-    assert (folder / "recipe.yaml").read_bytes() == (root / "recipes/x.yaml").read_bytes()
-    assert (folder / "resolved.json").read_bytes() == (root / "build/.resolved/x.json").read_bytes()
-    metrics = json.loads((folder / "metrics.json").read_text())
+            assert path.name == "manifest.json" or (place / path.name).read_bytes() == path.read_bytes()
+    records = folder / "prefbuild"
+    assert (records / "gate.json").read_bytes() == (root / "build/x/gate.json").read_bytes()
+    assert (records / "recipe.yaml").read_bytes() == (root / "recipes/x.yaml").read_bytes()
+    assert (records / "resolved.json").read_bytes() == (root / "build/.resolved/x.json").read_bytes()
+    metrics = json.loads((records / "metrics.json").read_text())
     assert metrics["evaluate"]["concise"]["exact_match"] == 0.75
     assert metrics["baseline"]["concise"]["exact_match"] == 0.45
     assert metrics["prepare"]["rows"]["in"] == 12
     assert published(root) == ["v1"]
 
 
+def statement(folder: Path) -> dict:
+    return signing.read_statement((folder / version.STATEMENT).read_bytes(), "it")[0]
+
+
+def test_the_statement_is_about_every_file(root):
+    promote(root, "x")
+    folder = root / "registry/x/v1"
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert {path: digests["sha256"] for path, digests in version.subjects(statement(folder)).items()} == {
+        path: sha256_file(file) for path, file in files.items() if path != version.STATEMENT
+    }
+    assert "README.md" in files and "prefbuild/bom.json" in files and "model.sig" not in files
+
+
 def test_the_record_names_build_artifact_and_commit(root):
     record = promote(root, "x")
     (line,) = records(root)
-    assert line == {key: record[key] for key in ("name", "version", "build", "artifact", "git_commit", "dirty", "time")}
+    assert line == {key: value for key, value in record.items() if key not in ("already", "recorded")}
+    assert line["provenance"] == sha256_file(root / "registry/x/v1" / version.STATEMENT)
     assert line["git_commit"] == git(root, "rev-parse", "HEAD").strip()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", line["time"])
-
-
-def test_provenance_holds_the_whole_chain(root):
-    promote(root, "x")
-    facts = json.loads((root / "registry/x/v1/provenance.json").read_text())
-    assert facts["made_from"]["merged"]["adapter"] == built.digest(root, "build/x/adapter") == facts["adapter"]
-    assert facts["made_from"]["adapter"]["prepared"] == built.digest(root, "build/x/prepared")
-    assert facts["made_from"]["samples"]["model"] == facts["artifact"]
-    assert facts["judged"] == json.loads((root / "build/x/gate.json").read_text())["judged"]
-    assert facts["lock"]["entries"][BASE]["source"]["path"] == "models/tiny"
-    assert len(facts["lock"]["entries"]) == 2
-    assert facts["evaluated_with"] == {"lm_eval": "0.4.13", "transformers": "5", "torch": "2"}
-    assert facts["trained_on"] == {"cpu": "test"}
-    assert facts["promoted_with"]["prefbuild"] == prefbuild.__version__
 
 
 @pytest.mark.parametrize(("adapter", "merged"), [(True, False), (False, True)])
@@ -112,8 +115,9 @@ def test_only_what_the_recipe_says_is_published(root, adapter, merged):
     git(root, "commit", "-qam", "publish less")
     promote(root, "x")
     folder = root / "models/x/v1"
-    assert ((folder / "adapter").exists(), (folder / "merged").exists()) == (adapter, merged)
-    verify_artifact(folder)
+    assert (folder / "adapter_model.safetensors").exists() == adapter
+    assert (folder / "model.safetensors").exists() == merged
+    assert not (folder / "adapter").exists()
 
 
 # ---- the same build, another build
@@ -144,15 +148,20 @@ def test_a_removed_versions_number_is_not_given_again(root):
 
 def test_versions_count_beyond_nine(root):
     for number in (1, 2, 10):
-        write_json(root / f"registry/x/v{number}/provenance.json", {"build": f"other {number}"})
+        edit(root / "build/x/train.json", lambda metrics: metrics.update(loss=0.4 + number / 100))
+        rejudge(root)
+        promote(root, "x")
+    os.rename(root / "registry/x/v3", root / "registry/x/v10")
+    edit(root / "build/x/train.json", lambda metrics: metrics.update(loss=0.3))
+    rejudge(root)
     assert promote(root, "x")["version"] == "v11"
 
 
-@pytest.mark.parametrize("file", ["merged/model.safetensors", "README.md", "gate.json", "adapter/manifest.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "README.md", "prefbuild/gate.json", "adapter/adapter_config.json"])
 def test_a_published_file_that_changed_since_is_named(root, file):
     promote(root, "x")
     flip(root / "registry/x/v1" / file)
-    with pytest.raises(PromotionRefused, match=rf"registry/x/v1/{file}: sha256 is .*: the registry was changed"):
+    with pytest.raises(PromotionRefused, match=rf"registry/x/v1: is not what was published:\n  {file}: sha256 is "):
         promote(root, "x")
 
 
@@ -164,7 +173,7 @@ def in_process(root: Path, code: str = "") -> subprocess.Popen:
     script = f"""
 import json, os
 from pathlib import Path
-from prefbuild.promote import directory, promote
+from prefbuild.promote import directory, promote, record
 {code}
 print(json.dumps(promote(Path({str(root)!r}), "x")))
 """
@@ -173,11 +182,11 @@ print(json.dumps(promote(Path({str(root)!r}), "x")))
 
 
 def test_killed_between_rename_and_record(root):
-    process = in_process(root, "directory.record = lambda *_: os._exit(137)")
+    process = in_process(root, "record.append = lambda *_: os._exit(137)")
     process.communicate(timeout=60)
     assert process.returncode == 137
     assert published(root) == ["v1"]
-    assert not (root / "registry/promotions.jsonl").exists()
+    assert not (root / "promotions.jsonl").exists()
     before = snapshot(root / "registry/x")
     record = promote(root, "x")
     assert (record["already"], record["recorded"], record["version"]) == (True, True, "v1")
@@ -188,7 +197,7 @@ def test_killed_between_rename_and_record(root):
 
 
 def test_killed_while_it_wrote_the_version(root):
-    process = in_process(root, "directory._check_read_back = lambda *_: os._exit(137)")
+    process = in_process(root, "directory._sync = lambda *_: os._exit(137)")
     process.communicate(timeout=60)
     assert process.returncode == 137
     (left,) = published(root)
@@ -199,7 +208,7 @@ def test_killed_while_it_wrote_the_version(root):
 
 def test_killed_while_it_wrote_the_record(root):
     promote(root, "x")
-    path = root / "registry/promotions.jsonl"
+    path = root / "promotions.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:50])
     edit(root / "build/x/train.json", lambda metrics: metrics.update(loss=0.4))
@@ -232,7 +241,8 @@ def flip(path: Path) -> None:
 def test_the_list_of_files_is_whole(root):
     shared = {"build/x/lengths.csv", "build/.resolved/report.json"}
     found = {path.relative_to(root).as_posix() for path in (root / "build").rglob("*") if path.is_file()}
-    found = {path for path in found if not path.startswith(("build/.resolved/baselines", "build/.resolved/data"))}
+    drawn = "build/x/live/"  # pictures alone are made of it
+    found = {path for path in found if not path.startswith(("build/.resolved/baselines", "build/.resolved/data", drawn))}
     assert found - shared - {"build/.resolved/y.json"} == set(FILES)
 
 
@@ -268,22 +278,19 @@ def test_a_link_in_place_of_a_file_is_refused_and_named(root):
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("build/x/merged/model.safetensors", r"registry/x/\.tmp-\w+/merged: read back as sha256:\w+, the gate judged "),
-        (
-            "build/x/adapter/adapter_model.safetensors",
-            r"registry/x/\.tmp-\w+/adapter: read back as sha256:\w+, the gate ",
-        ),
+        ("build/x/merged/model.safetensors", r"registry/x/\.tmp-\w+: its merged is sha256:\w+, the gate judged "),
+        ("build/x/adapter/adapter_model.safetensors", r"registry/x/\.tmp-\w+: its adapter is sha256:\w+, the gate "),
         ("build/x/train.json", r"build/x/train\.json: changed while it was being promoted"),
     ],
 )
 def test_a_file_that_changes_after_it_was_verified_is_refused(root, monkeypatch, file, says):
-    write_version = directory._write
+    write_version = promotion.write_version
 
-    def change_first(*arguments: object, **keywords: object) -> None:
+    def change_first(*arguments: object, **keywords: object) -> object:
         flip(root / file)
-        write_version(*arguments, **keywords)
+        return write_version(*arguments, **keywords)
 
-    monkeypatch.setattr(directory, "_write", change_first)
+    monkeypatch.setattr(promotion, "write_version", change_first)
     assert re.search(says, refused(root))
 
 
@@ -490,11 +497,12 @@ def test_dirty_can_be_allowed_and_is_recorded(root, capsys):
     record = promote(root, "x", allow_dirty=True)
     assert record["dirty"] == ["recipes/extra.txt", "recipes/x.yaml"]
     assert records(root)[0]["dirty"] == record["dirty"]
-    assert json.loads((root / "registry/x/v1/provenance.json").read_text())["dirty"] == record["dirty"]
+    assert facts_of(statement(root / "registry/x/v1"))["dirty"] == record["dirty"]
     commit = git(root, "rev-parse", "HEAD").strip()
     assert capsys.readouterr().err == (
         f"promoting all the same; nobody can rebuild this from git commit {commit}, which these are not in:\n"
         "  recipes/extra.txt\n  recipes/x.yaml\n"
+        "prefbuild: publishing unsigned: there is no key; `prefbuild keygen` makes one\n"
     )
     assert "- recipes/extra.txt" in (root / "registry/x/v1/README.md").read_text()
 
@@ -544,7 +552,7 @@ def test_a_token_in_a_published_file_is_refused_and_not_shown(root):
     edit(root / "build/x/merged/config.json", lambda config: config.update(token=token))
     reseal_all(root)
     says = refused(root)
-    assert says == "merged/config.json: holds a Hugging Face token; take it out, and change it: it may have been seen"
+    assert says == "config.json: holds a Hugging Face token; take it out, and change it: it may have been seen"
     assert token not in says
 
 
@@ -552,7 +560,7 @@ def test_a_key_in_a_comment_of_the_recipe_is_refused(root):
     with open(root / "recipes/x.yaml", "a") as file:
         file.write("# AKIAIOSFODNN7EXAMPLE\n")
     git(root, "commit", "-qam", "oops")
-    assert refused(root).startswith("recipe.yaml: holds an AWS access key;")
+    assert refused(root).startswith("prefbuild/recipe.yaml: holds an AWS access key;")
 
 
 def test_an_environments_secret_is_refused_by_its_variables_name(root, monkeypatch):
@@ -598,7 +606,7 @@ def reseal_all(root: Path) -> None:
 def test_files_that_are_not_published_are_refused_and_named(root, file):
     write(root / f"build/x/merged/{file}", "x")
     reseal_all(root)
-    assert refused(root).startswith(f"merged/{file}: is ")
+    assert refused(root).startswith(f"{file}: is ")
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json", "rng_state_0.json", "scheduler.json"])
@@ -608,10 +616,18 @@ def test_state_of_training_is_refused_whatever_its_suffix(tmp_path, file):
         check_publishable(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "merges.txt", "tokenizer.model", "LICENSE", "schedulers.md"])
+@pytest.mark.parametrize("file", ["merges.txt", "tokenizer.model", "LICENSE", "schedulers.md"])
 def test_files_of_a_checkpoint_may_be_published(tmp_path, file):
     write(tmp_path / file, "text of some kind")
     check_publishable(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "merges.txt", "LICENSE"])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_pickle_by_another_name_is_refused(tmp_path, file, protocol):
+    (tmp_path / file).write_bytes(pickle.dumps({"weights": [1.0] * 10}, protocol))
+    with pytest.raises(PromotionRefused, match=rf"^{file}: is not what its name says"):
+        check_publishable(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,439 @@
+"""A repository on the Hugging Face Hub as registry: a commit and a tag a version.
+
+In this order: read where `main` is; one commit on exactly that; read the digest of every file back; tag it. So a tag is
+never on anything but a whole version. A commit names its build, and after any failure the Hub is asked what landed: a
+lost answer is recognised, and nothing is committed twice. Whoever commits in between wins (the Hub answers 412), and
+the loser stops for a new decision. Covered: changes by others on `main`, moved and foreign tags, renamed files. Not
+covered: owners who rewrite history or move tags afterwards: `prefbuild verify` finds that.
+"""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefbuild.errors import PromotionRefused
+from prefbuild.promote import version
+from prefbuild.promote.version import Files
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+VERSION = re.compile(r"v([1-9][0-9]*)")
+BUILD_LINE = "prefbuild-build: "
+VERSION_LINE = "prefbuild-version: "
+TRIES = 4  # to learn what landed, when the connection is bad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A commit on main that is a version, by its message."""
+
+    commit: str
+    version: str
+    build: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a repository held when it was asked."""
+
+    exists: bool
+    private: bool
+    head: str | None  # commit that main is at
+    tags: dict[str, str]  # commit by tag
+    promotions: list[Promotion]  # newest first
+
+    def find(self, build: str) -> Promotion | None:
+        """The newest promotion of a build."""
+        return next((one for one in self.promotions if one.build == build), None)
+
+    def next_version(self) -> str:
+        """One above every version there is or was begun: a number is never given twice."""
+        used = [int(found[1]) for name in self.tags if (found := VERSION.fullmatch(name))]
+        used += [int(one.version[1:]) for one in self.promotions]
+        return f"v{max(used, default=0) + 1}"
+
+
+Write = Callable[[Path, str], Files]
+
+
+def publish(
+    target: dict[str, Any], name: str, *, build: str, gate: dict[str, Any], work: Path, write: Write, replace: bool
+) -> tuple[dict[str, Any], bool]:
+    """Publish a build, unless it is there; returns what the record keeps, and whether it was there.
+
+    `write(folder, version)` writes the version's files. PromotionRefused says what is in the way and what is visible.
+    """
+    repo = target["repo"]
+    with plainly(repo):
+        api = client()
+        state = look(api, repo)
+        _check_visibility(repo, target, state)
+        found = state.find(build)
+        already = found is not None and state.tags.get(found.version) == found.commit
+        if found is None:
+            if not state.exists:
+                print(f"prefbuild: making the {'private' if target['private'] else 'public'} repository {repo}", file=sys.stderr)  # fmt: skip
+                api.create_repo(repo, private=target["private"], exist_ok=True)
+                state = look(api, repo)
+            head = list_files(api, repo, str(state.head))
+            if not replace:
+                _check_foreign(api, repo, name, state, head)
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            try:
+                number = state.next_version()
+                files = write(work, number)
+                adds = [path for path in _adapter_first(files) if version.differences({path: files[path]}, {path: head[path]} if path in head else {})]  # fmt: skip
+                found, already = _commit(
+                    api, repo, state, build, number, title=f"{name} {number}",
+                    operations=[*_adds(work, adds, files), *_deletes(head, files)],
+                )  # fmt: skip
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        facts = _read_back(api, repo, found, target, gate)
+        _tag(api, repo, found)
+    return facts, already
+
+
+def roll_back(
+    target: dict[str, Any], name: str, to: str | None, *, check: Callable[[str], Any], replace: bool
+) -> tuple[dict[str, Any], str]:
+    """Make an earlier version's files current by a new commit and tag; returns what the record keeps, and the earlier version.
+
+    `check(commit)` raises when that commit is not to be trusted. PromotionRefused when there is no earlier version, or it
+    is not what was published.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy
+
+    repo = target["repo"]
+    with plainly(repo):
+        api = client()
+        state = look(api, repo)
+        if not state.promotions:
+            raise PromotionRefused(f"{repo}: holds no promotion of prefbuild")
+        head = list_files(api, repo, str(state.head))
+        unfinished = state.promotions[0]
+        if unfinished.commit == state.head and unfinished.version not in state.tags:
+            facts = _read_back(api, repo, unfinished, None, None)
+            if facts["version"] != unfinished.version:  # a rollback whose tag is missing
+                _tag(api, repo, unfinished)
+                return {**_facts_of(repo, unfinished, facts), "same_as": facts["version"]}, facts["version"]
+        if not replace:
+            _check_foreign(api, repo, name, state, head)
+        back = _earlier(api, repo, state, to)
+        check(back.commit)
+        facts = _read_back(api, repo, back, None, None)
+        if facts["name"] != name:
+            raise PromotionRefused(f"{repo}: {back.version} is a version of {facts['name']}, not of {name}")
+        wanted = list_files(api, repo, back.commit)
+        operations: list[Any] = []
+        for path, entry in wanted.items():
+            if path == version.OF_THE_HUB or (path in head and not version.differences({path: entry}, {path: head[path]})):
+                continue
+            if "sha256" in entry:
+                operations.append(CommitOperationCopy(path, path, src_revision=back.commit))
+            else:
+                operations.append(CommitOperationAdd(path, read_file(api, repo, back.commit, path, entry)))
+        operations += _deletes(head, wanted)
+        if not operations:
+            raise PromotionRefused(f"{repo}: main holds the files of {back.version} already, so nothing is rolled back")
+        number = state.next_version()
+        made, _ = _commit(
+            api, repo, state, back.build, number, title=f"{name} {number}: back to {facts['version']}", operations=operations
+        )
+        _read_back(api, repo, made, None, None)
+        _tag(api, repo, made)
+    return {**_facts_of(repo, made, facts), "same_as": facts["version"]}, facts["version"]
+
+
+def look(api: "HfApi", repo: str, *, at: str | None = None) -> State:
+    """Ask for main, tags, and the promotions in the history of main, or of the commit `at`."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.repo_info(repo)
+    except RepositoryNotFoundError:
+        return State(exists=False, private=True, head=None, tags={}, promotions=[])
+    refs = api.list_repo_refs(repo)
+    head = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
+    promotions = []
+    for commit in api.list_repo_commits(repo, revision=at or head) if head else ():
+        lines = (commit.message or "").splitlines()
+        values = {key: line.removeprefix(key) for line in lines for key in (BUILD_LINE, VERSION_LINE) if line.startswith(key)}  # fmt: skip
+        if len(values) == 2 and VERSION.fullmatch(values[VERSION_LINE]):
+            promotions.append(Promotion(commit=commit.commit_id, version=values[VERSION_LINE], build=values[BUILD_LINE]))  # fmt: skip
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    return State(exists=True, private=bool(info.private), head=head, tags=tags, promotions=promotions)
+
+
+def list_files(api: "HfApi", repo: str, commit: str) -> Files:
+    """Every file of a commit with size and digest, as the Hub lists it."""
+    from huggingface_hub import RepoFile
+
+    listed = api.list_repo_tree(repo, revision=commit, recursive=True)
+    return {
+        file.path: {"size": file.size, "sha256": file.lfs.sha256}
+        if file.lfs
+        else {"size": file.size, "gitBlob": file.blob_id}
+        for file in listed
+        if isinstance(file, RepoFile)
+    }
+
+
+def read_file(api: "HfApi", repo: str, commit: str, path: str, entry: dict[str, Any]) -> bytes:
+    """A small file's bytes, which have the digest that the Hub lists. A damaged one is fetched once more."""
+    from prefbuild.artifact import sha256_file
+
+    for _ in range(2):
+        cached = Path(api.hf_hub_download(repo, path, revision=commit))
+        content = cached.read_bytes()
+        if "sha256" in entry and sha256_file(cached) == entry["sha256"]:
+            return content
+        if "sha256" not in entry and version.blob_digest(content) == entry["gitBlob"]:
+            return content
+        forget(cached)
+    raise PromotionRefused(f"{repo}/{path}: other bytes came than the Hub lists for commit {commit[:8]}; try again")
+
+
+def forget(cached: Path) -> None:
+    """Remove a damaged file from the client's cache, where it would be taken for good."""
+    blob = cached.resolve()
+    cached.unlink()
+    blob.unlink(missing_ok=True)
+
+
+def read_statement(
+    api: "HfApi", repo: str, commit: str, files: Files
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The statement of a version and its facts; None where there is none."""
+    entry = files.get(version.STATEMENT)
+    if entry is None:
+        return None
+    data = read_file(api, repo, commit, version.STATEMENT, entry)
+    return version.read_statement(data, f"{repo} at commit {commit[:8]}: {version.STATEMENT}")
+
+
+# ---- steps
+
+
+def client() -> "HfApi":
+    """The client, with its own places for token, cache and endpoint; no bars where nobody looks."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(library_name="prefbuild")
+
+
+def _check_visibility(repo: str, target: dict[str, Any], state: State) -> None:
+    if state.exists and target["private"] and not state.private:
+        raise PromotionRefused(
+            f"{repo}: everybody can see it, and the recipe says promote.private: true; make it private in its settings "
+            "on the Hub, or write private: false"
+        )
+    if state.exists and state.private and not target["private"]:
+        print(f"prefbuild: {repo} is private and stays so; its settings on the Hub make it public", file=sys.stderr)
+
+
+def _check_foreign(api: "HfApi", repo: str, name: str, state: State, head: Files) -> None:
+    """What is on main must be a version of this recipe, or nothing: anything else was not put there by a promotion."""
+    others = sorted(set(head) - {version.OF_THE_HUB})
+    if not others:
+        return
+    fix = "look at it, then promote to a repository of its own, or with --replace over it; history keeps it"
+    read = read_statement(api, repo, str(state.head), head)
+    if read is None:
+        some = ", ".join(others[:5]) + (" and others" if len(others) > 5 else "")
+        raise PromotionRefused(f"{repo}: main holds files that no promotion put there ({some}); {fix}")
+    made, facts = read
+    if facts["name"] != name:
+        raise PromotionRefused(f"{repo}: main holds {facts['name']} {facts['version']}, another recipe's model; {fix}")
+    try:
+        version.check_files(head, made, f"{repo}: main was changed since {facts['version']}, and")
+    except PromotionRefused as error:
+        raise PromotionRefused(f"{error}\n{fix}") from None
+
+
+def _adapter_first(files: Files) -> list[str]:
+    return sorted(files, key=lambda path: (not path.removeprefix("adapter/").startswith("adapter_"), path))
+
+
+def _adds(folder: Path, paths: list[str], files: Files) -> Iterator[Any]:
+    """Uploads, hashed as they are now. PromotionRefused when one is not what was listed a moment ago."""
+    from huggingface_hub import CommitOperationAdd
+
+    for path in paths:
+        add = CommitOperationAdd(path, str(folder / path))
+        if add.upload_info.sha256.hex() != files[path]["sha256"]:
+            raise PromotionRefused(f"{path}: changed while it was being promoted")
+        yield add
+
+
+def _deletes(head: Files, wanted: Files) -> list[Any]:
+    from huggingface_hub import CommitOperationDelete
+
+    gone = sorted(set(head) - set(wanted) - {version.OF_THE_HUB})
+    return [CommitOperationDelete(path, is_folder=False) for path in gone]
+
+
+def _commit(
+    api: "HfApi", repo: str, state: State, build: str, number: str, *, title: str, operations: list[Any]
+) -> tuple[Promotion, bool]:
+    """One commit on the head that was looked at. After any error the Hub is asked whether it landed.
+
+    Returns the promotion, and whether it is somebody else's of the same build.
+    """
+    description = f"{BUILD_LINE}{build}\n{VERSION_LINE}{number}"
+    try:
+        info = api.create_commit(
+            repo, operations, commit_message=title, commit_description=description, parent_commit=state.head
+        )
+        return Promotion(commit=info.oid, version=number, build=build), False
+    except Exception as error:
+        now = _look_again(api, repo, error)
+        known = {one.commit for one in state.promotions}
+        landed = next((one for one in now.promotions if one.build == build and one.commit not in known), None)
+        if landed is not None:
+            raced = getattr(getattr(error, "response", None), "status_code", None) == 412
+            what = "is published by somebody else at the same time" if raced else "landed, though its answer was lost"
+            print(f"prefbuild: {repo}: the commit of {landed.version} {what}", file=sys.stderr)
+            return landed, raced
+        if now.head != state.head:
+            newer = now.promotions[0] if now.promotions else None
+            who = f"{newer.version} of another build" if newer and newer.commit == now.head else f"commit {str(now.head)[:8]}"  # fmt: skip
+            raise PromotionRefused(
+                f"{repo}: somebody else was faster: main is {who} now; nothing of yours was published. Look at it, and "
+                "promote again if yours should follow it"
+            ) from None
+        raise
+
+
+def _look_again(api: "HfApi", repo: str, error: Exception) -> State:
+    for left in reversed(range(TRIES)):
+        try:
+            return look(api, repo)
+        except Exception as failed:
+            if not left:
+                raise PromotionRefused(
+                    f"{repo}: {_explain(repo, error)}. Whether the commit landed could not be asked ({_explain(repo, failed)}); "
+                    "promote again: it finds out, and publishes nothing twice"
+                ) from None
+            time.sleep(2.0 ** (TRIES - left - 2))
+    raise AssertionError
+
+
+def _read_back(
+    api: "HfApi", repo: str, found: Promotion, target: dict[str, Any] | None, gate: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A commit's files have the digests of its statement, and the roles those that the gate judged; returns its facts."""
+    files = list_files(api, repo, found.commit)
+    shown = f"{repo} at commit {found.commit[:8]}"
+    read = read_statement(api, repo, found.commit, files)
+    if read is None:
+        raise PromotionRefused(f"{shown}: has no {version.STATEMENT}, so it is no version")
+    made, facts = read
+    version.check_files(files, made, shown)
+    if facts["build"] != found.build:
+        raise PromotionRefused(f"{shown}: says that it is build {found.build}, its statement says {facts['build']}")
+    if target is not None and gate is not None:
+        listed = version.subjects(made)
+        known = {path: {"size": entry["size"], **listed.get(path, {})} for path, entry in files.items()}
+        known = {path: entry for path, entry in known.items() if "sha256" in entry}
+        version.check_roles(known, target, gate, shown)
+        return _facts_of(repo, found, facts)
+    return facts
+
+
+def _facts_of(repo: str, found: Promotion, facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts, "version": found.version, "place": repo, "commit": found.commit}
+
+
+def _tag(api: "HfApi", repo: str, found: Promotion) -> None:
+    """Tag a commit, or see that it is; never move a tag."""
+    error: Exception | None = None
+    for left in reversed(range(TRIES)):
+        try:
+            tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
+            if tags.get(found.version) == found.commit:
+                return
+            if found.version in tags:
+                raise PromotionRefused(
+                    f"{repo}: tag {found.version} is at commit {tags[found.version][:8]}, not at {found.commit[:8]}, which was "
+                    "to be tagged; somebody set it by hand: delete it on the Hub, and promote again"
+                )
+            api.create_tag(repo, tag=found.version, revision=found.commit)
+        except PromotionRefused:
+            raise
+        except Exception as failed:
+            error = failed
+            if not left:
+                break
+            time.sleep(2.0 ** (TRIES - left - 2))
+    raise PromotionRefused(
+        f"{repo}: commit {found.commit[:8]} is on main, and could not be tagged {found.version} "
+        f"({_explain(repo, error) if error else 'the tag does not show'}); promote again: it only sets the tag"
+    )
+
+
+def _earlier(api: "HfApi", repo: str, state: State, to: str | None) -> Promotion:
+    """The version to go back to: the one asked for, or the one before the one whose files are current."""
+    tagged = [one for one in state.promotions if state.tags.get(one.version) == one.commit]
+    if to is not None:
+        found = next((one for one in tagged if one.version == to), None)
+        if found is None:
+            have = ", ".join(one.version for one in reversed(tagged)) or "none"
+            raise PromotionRefused(f"{repo}: has no version {to}; it has {have}")
+        return found
+    current = next((one for one in state.promotions if one.commit == state.head), state.promotions[0])
+    files = list_files(api, repo, current.commit)
+    read = read_statement(api, repo, current.commit, files)
+    origin = str(read[1]["version"]) if read else current.version  # of a rollback, the version it went back to
+    before = [one for one in tagged if int(one.version[1:]) < int(origin[1:])]
+    if not before:
+        raise PromotionRefused(f"{repo}: main holds {origin}, and no version was promoted before it")
+    return max(before, key=lambda one: int(one.version[1:]))
+
+
+# ---- what went wrong
+
+
+@contextmanager
+def plainly(repo: str) -> Iterator[None]:
+    """Make the client's errors refusals that say what is the matter, and what to do."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise PromotionRefused(f"{repo}: {_explain(repo, error)}; then promote again: nothing is published twice") from None
+
+
+def _explain(repo: str, error: Exception) -> str:
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    response = getattr(error, "response", None)
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set; unset it"
+        case errors.HfHubHTTPError() if response is not None and response.status_code == 401:
+            return "the Hub does not accept your token: it is mistyped, expired or revoked; log in with `hf auth login`"
+        case errors.HfHubHTTPError() if response is not None and response.status_code == 403:
+            return "your token may not write there; log in with one that may (`hf auth login`)"
+        case errors.RepositoryNotFoundError():
+            return "there is no such repository, or your token can't see it; correct `promote.repo`, or log in with `hf auth login`"
+        case errors.HfHubHTTPError() if response is not None:
+            return f"the Hub answered {response.status_code} for {response.url.path}; try later"
+        case httpx2.HTTPError():
+            why = str(error) or type(error).__name__
+            return f"the Hub can't be reached at {constants.ENDPOINT} ({why}); check the network, proxy and HF_ENDPOINT"
+    return f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; mend that"
