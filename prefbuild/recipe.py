@@ -63,9 +63,16 @@ def _below_recipes(path: str) -> str:
     return path
 
 
+def _digest(text: str) -> str:
+    if not re.fullmatch("sha256:[0-9a-f]{64}", text):
+        raise ValueError("is no digest; write sha256: and 64 hex digits, as `prefbuild lock` shows it")
+    return text
+
+
 FilePath = Annotated[str, AfterValidator(_safe_path)]
 HubName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 MemberPath = Annotated[str, AfterValidator(_member_path)]
+Digest = Annotated[str, AfterValidator(_digest)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -133,11 +140,32 @@ class WheelModel(WheelSource, ModelOptions):
 
 
 class HubModel(HubSource, ModelOptions):
-    """A checkpoint on the Hub: safetensors, or one GGUF file that `files` names."""
+    """A checkpoint on the Hub: safetensors, one GGUF file that `files` names, or pickles that `allow_pickle` names."""
+
+    allow_pickle: dict[MemberPath, Digest] | None = Field(
+        default=None,
+        description="Pickled weights that may be read, each with its digest, as in {pytorch_model.bin: "
+        '"sha256:<64 hex digits>"}, for a repository without safetensors. They are loaded as tensors only, and '
+        "become safetensors.",
+    )
 
 
 class HubData(HubSource):
     """Files of rows in a data set on the Hub. No script of a data set is run."""
+
+    config: str | None = Field(
+        default=None, min_length=1, description="A configuration of the data set, by name. Default: its own default."
+    )
+    split: str | None = Field(
+        default=None, min_length=1, description="A split, as in train. Default: all rows, if there is one set of them."
+    )
+
+    @model_validator(mode="after")
+    def _named_once(self) -> "HubData":
+        for key in ("config", "split"):
+            if self.files is not None and getattr(self, key) is not None:
+                raise _Wrong(key, "says which rows, and files too; give one of them")
+        return self
 
 
 class RecipeModel(RecipeSource):

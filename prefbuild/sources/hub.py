@@ -1,16 +1,15 @@
 """A model or data set on the Hugging Face Hub, at one commit.
 
-Covered: a model's config, tokenizer, chat template and safetensors; a data set's files of rows; or the files a recipe
-names. Downloads go through the user's own cache, proxy and token, and every byte is hashed: the client checks sizes
+Covered: a model's config, tokenizer, chat template and safetensors, or pickled weights that a recipe allows by digest;
+a data set's files of rows, all or a configuration's split; or the files a recipe names. Downloads go through the user's own cache, proxy and token, and every byte is hashed: the client checks sizes
 only. A lost connection is taken up where it ended, and files that are whole in the cache are not fetched again.
-Not covered: pickled weights, data sets made by a script, repositories' own code; the token is the client's affair.
+Not covered: data sets made by a script, repositories' own code; the token is the client's affair.
 """
 
 import errno
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,29 +20,30 @@ from typing import TYPE_CHECKING, Any
 
 from prefbuild.artifact import sha256_file
 from prefbuild.errors import LockError
+from prefbuild.sources import splits
+from prefbuild.sources.splits import ROWS
 from prefbuild.sources.verify import copy_verified, slugify
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
 INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = f"{PICKLE}.index.json"
 CHECKPOINT = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-ROWS = (".jsonl", ".json", ".parquet", ".csv")
-ABOUT_DATA = ("dataset_infos.json", "dataset_info.json")  # beside the rows, and no rows
-SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(?=\.[a-z]+$)")
 
 Tree = dict[str, "RepoFile"]
 
 
 def reference(source: dict[str, Any]) -> dict[str, Any]:
-    """Repository, revision, and the files where the recipe names them."""
-    keys = ("source", "repo", "revision", "files") if source["files"] else ("source", "repo", "revision")
-    return {key: source[key] for key in keys}
+    """Repository and revision, and what else the recipe says of which files."""
+    said = ("files", "config", "split") if _kind(source) == "dataset" else ("files", "allow_pickle")
+    return {key: source[key] for key in ("source", "repo", "revision", *(key for key in said if source[key]))}
 
 
 def title(source: dict[str, Any]) -> str:
@@ -108,13 +108,12 @@ def _chosen(source: dict[str, Any], tree: Tree, commit: str) -> list[str]:
     """The paths to pin, sorted. LockError for what can't be used."""
     paths = _named(source, tree) if source["files"] else None
     if _kind(source) == "dataset":
-        return _data_files(source, tree, paths)
-    if paths is None:
-        return _checkpoint_files(source, tree, commit)
+        return _data_files(source, tree, paths, commit)
+    paths = _checkpoint_files(source, tree, commit) if paths is None else paths
     for path in paths:
-        if path.endswith((*PICKLES, ".py")):
-            what = "code" if path.endswith(".py") else "a pickle, which can run code when loaded"
-            raise LockError(f"{title(source)}/{path}: is {what}; leave it out of `files`")
+        if path.endswith(".py"):
+            raise LockError(f"{title(source)}/{path}: is code; leave it out of `files`")
+    _check_pickles(source, tree, [path for path in paths if path.endswith(PICKLES)], commit)
     return paths
 
 
@@ -131,33 +130,61 @@ def _named(source: dict[str, Any], tree: Tree) -> list[str]:
 
 
 def _checkpoint_files(source: dict[str, Any], tree: Tree, commit: str) -> list[str]:
-    """Config, tokenizer and safetensors of the repository's top folder."""
+    """Config, tokenizer and safetensors of the repository's top folder; pickled weights where there are no others."""
     if INDEX in tree:
-        index = json.loads(_verified(source, tree[INDEX], commit).read_text(encoding="utf-8"))
-        weights = {INDEX, *index["weight_map"].values()}
-        if lost := sorted(weights - set(tree)):
-            raise LockError(f"{title(source)}: {INDEX} names {lost[0]}, which is not there; choose another revision")
+        weights = _indexed(source, tree, INDEX, commit)
     elif "model.safetensors" in tree:
         weights = {"model.safetensors"}
+    elif ggufs := sorted(path for path in tree if path.endswith(".gguf")):
+        raise LockError(f"{title(source)}: holds GGUF files; name the one to use, as in files: [{ggufs[0]}]")
+    elif PICKLE_INDEX in tree:
+        weights = _indexed(source, tree, PICKLE_INDEX, commit)
+    elif PICKLE in tree:
+        weights = {PICKLE}
+    elif pickles := sorted(path for path in tree if path.endswith(PICKLES)):
+        raise LockError(
+            f"{title(source)}: its weights are a pickle ({pickles[0]}), which can run code when loaded; "
+            "choose a repository or revision with safetensors"
+        )
     else:
-        pickles = sorted(path for path in tree if path.endswith(PICKLES))
-        ggufs = sorted(path for path in tree if path.endswith(".gguf"))
-        if ggufs:
-            raise LockError(f"{title(source)}: holds GGUF files; name the one to use, as in files: [{ggufs[0]}]")
-        if pickles:
-            raise LockError(
-                f"{title(source)}: its weights are a pickle ({pickles[0]}), which can run code when loaded; "
-                "choose a repository or revision with safetensors"
-            )
         raise LockError(f"{title(source)}: has no model.safetensors; is it a model with an adapter's weights only?")
     if "config.json" not in tree:
         raise LockError(f"{title(source)}: has no config.json, so it is no checkpoint; choose another repository")
     return sorted(weights | (CHECKPOINT & set(tree)))
 
 
-def _data_files(source: dict[str, Any], tree: Tree, named: list[str] | None) -> list[str]:
-    """Files of rows: those that are named, or all when they are one set of rows."""
-    paths = named or sorted(path for path in tree if path.endswith(ROWS) and not path.endswith(ABOUT_DATA))
+def _indexed(source: dict[str, Any], tree: Tree, index: str, commit: str) -> set[str]:
+    """An index and the files it names."""
+    content = json.loads(_verified(source, tree[index], commit).read_text(encoding="utf-8"))
+    weights = {index, *content["weight_map"].values()}
+    if lost := sorted(weights - set(tree)):
+        raise LockError(f"{title(source)}: {index} names {lost[0]}, which is not there; choose another revision")
+    return weights
+
+
+def _check_pickles(source: dict[str, Any], tree: Tree, pickles: list[str], commit: str) -> None:
+    """LockError unless the recipe allows exactly these pickles, with the digests that they have."""
+    allowed = source["allow_pickle"] or {}
+    digests = {path: f"sha256:{_pin_file(source, tree[path], commit)['sha256']}" for path in pickles}
+    for path in pickles:
+        if path in allowed and allowed[path] != digests[path]:
+            raise LockError(
+                f"{title(source)}/{path}: is a pickle with the digest {digests[path]}, and `allow_pickle` says "
+                f"{allowed[path]}; find out why it is another before you correct the recipe"
+            )
+    if lacking := [path for path in pickles if path not in allowed]:
+        entries = ", ".join(f'{path}: "{digests[path]}"' for path in pickles)
+        raise LockError(
+            f"{title(source)}/{lacking[0]}: is a pickle, which can run code when loaded; choose a repository or "
+            f"revision with safetensors, or allow that its tensors are read: allow_pickle: {{{entries}}}"
+        )
+    if unread := sorted(set(allowed) - set(pickles)):
+        raise LockError(f"{title(source)}/{unread[0]}: is in `allow_pickle` and is not read; take it out")
+
+
+def _data_files(source: dict[str, Any], tree: Tree, named: list[str] | None, commit: str) -> list[str]:
+    """Files of rows: those that are named, a configuration's split, or all when they are one set of rows."""
+    paths = named or splits.rows_of(list(tree))
     for path in named or []:
         if not path.endswith(ROWS):
             raise LockError(f"{title(source)}/{path}: is no file of rows; those end in {', '.join(ROWS)}")
@@ -169,11 +196,34 @@ def _data_files(source: dict[str, Any], tree: Tree, named: list[str] | None) -> 
         )
     if not paths:
         raise LockError(f"{title(source)}: holds no file of rows; those end in {', '.join(ROWS)}")
-    sets = {SHARD.sub("", path): path for path in reversed(paths)}
+    if source["config"] or source["split"]:
+        card = _card(source, tree, commit)
+        return splits.choose(paths, card, source["config"], source["split"], title(source))
+    sets = splits.sets_of(paths)
     if named is None and len(sets) > 1:
-        some = ", ".join(sorted(sets.values())[:6])
-        raise LockError(f"{title(source)}: has several sets of rows ({some}); say which, as in files: [{paths[0]}]")
+        there = splits.listing(paths, _card(source, tree, commit), title(source))
+        how = f"with config and split (there are {there}), or " if there else ""
+        raise LockError(
+            f"{title(source)}: has several sets of rows ({', '.join(sets[:6])}); say which, {how}"
+            f"as in files: [{paths[0]}]"
+        )
     return paths
+
+
+def _card(source: dict[str, Any], tree: Tree, commit: str) -> dict[str, Any]:
+    """What the YAML on top of README.md says. LockError when it can't be read."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    if "README.md" not in tree:
+        return {}
+    try:
+        return metadata_load(_verified(source, tree["README.md"], commit)) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise LockError(
+            f"{title(source)}/README.md: the YAML on its top can't be read ({why}); name the files, with files: [...]"
+        ) from None
 
 
 # ---- one file
