@@ -1,10 +1,12 @@
 """Make a checkpoint folder (config, safetensors, tokenizer, generation config) of a base model's locked files.
 
 The files are a GGUF, which is unpacked into full weights, or a checkpoint folder, which is copied. Weights end up in
-the recipe's dtype. Not covered: pickled weights, quantized checkpoints and models with code of their own are refused.
+the recipe's dtype; pickled ones that the recipe allows by digest are read as tensors only, and become safetensors.
+Not covered: other pickles, quantized checkpoints and models with code of their own are refused.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from prefbuild.template import load_tokenizer, render, tokenize
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = ".safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
 # llama.cpp's name for how text is split before merging; transformers reads the others and takes GPT-2's for this one.
 SMOLLM = "smollm"
@@ -44,6 +47,7 @@ def run(
             f"{where}: holds {len(settings['files'])} files, {len(ggufs)} of them GGUF; name the one GGUF file to use"
         )
     else:
+        _read_pickles(fetched, source.get("allow_pickle") or {}, settings["files"], where)
         _copy_checkpoint(fetched, out, source["dtype"], where)
     _check_weights(out, where)
     _finish_tokens(out, where)
@@ -116,6 +120,51 @@ def _set_splits(tokenizer: Any, path: Path, where: str) -> None:
             f"{where}: its text is split the way '{splits}' does, which transformers does not know; "
             "give a checkpoint folder instead"
         )
+
+
+# ---- pickled weights
+
+
+def _read_pickles(folder: Path, allowed: dict[str, str], files: list[dict[str, Any]], where: str) -> None:
+    """Put safetensors in the place of the pickles that the recipe allows and the lock has pinned as it allows them."""
+    pinned = {entry["path"]: f"sha256:{entry['sha256']}" for entry in files}
+    for name in sorted(name for name in allowed if pinned.get(name) == allowed[name]):
+        _read_pickle(folder / name, folder / _as_safetensors(name), f"{where}/{name}")
+        (folder / name).unlink()
+    if allowed and (folder / PICKLE_INDEX).exists():
+        index = json.loads((folder / PICKLE_INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] = {tensor: _as_safetensors(name) for tensor, name in index["weight_map"].items()}
+        write_json(folder / INDEX, index)
+        (folder / PICKLE_INDEX).unlink()
+
+
+def _as_safetensors(name: str) -> str:
+    """`pytorch_model-00001-of-00002.bin` as `model-00001-of-00002.safetensors`."""
+    return f"{Path(name).stem.replace('pytorch_model', 'model')}{WEIGHTS}"
+
+
+def _read_pickle(path: Path, target: Path, where: str) -> None:
+    """Write a pickle's tensors as safetensors. StageError when it asks for more than tensors; nothing of it is run."""
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises can be anything
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = (
+            f"asks for {asked[1]}, which is no tensor"
+            if asked
+            else f"can't be read as tensors ({type(error).__name__})"
+        )
+        raise StageError(
+            f"{where}: {why}, so nothing of it was run; don't load it elsewhere, and choose a repository with safetensors"
+        ) from None
+    tensors = loaded.values() if isinstance(loaded, dict) else [None]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in tensors):
+        raise StageError(f"{where}: holds more than named tensors; choose a repository with safetensors")
+    # Tied weights share memory, which safetensors does not store.
+    save_file({key: tensor.clone().contiguous() for key, tensor in loaded.items()}, target, metadata={"format": "pt"})
 
 
 # ---- a checkpoint folder

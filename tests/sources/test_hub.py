@@ -265,13 +265,13 @@ def test_fetching_says_what_hinders_too(hub: Hub, project: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "asked", "said"),
     [
-        ({"pytorch_model.bin": b"x"}, "", "its weights are a pickle (pytorch_model.bin), which can run code when loaded; choose a repository or revision with safetensors"),
+        ({"weights.pt": b"x"}, "", "its weights are a pickle (weights.pt), which can run code when loaded; choose a repository or revision with safetensors"),
+        ({"pytorch_model.bin.index.json": b'{"weight_map": {"a": "pytorch_model-1.bin"}}'}, "", "pytorch_model.bin.index.json names pytorch_model-1.bin, which is not there; choose another revision"),
         ({"a.Q4_0.gguf": b"x"}, "", "holds GGUF files; name the one to use, as in files: [a.Q4_0.gguf]"),
         ({"adapter.txt": b"x"}, "", "has no model.safetensors; is it a model with an adapter's weights only?"),
         ({"model.safetensors": b"x", "config.json": None}, "", "has no config.json, so it is no checkpoint; choose another repository"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}'}, "", "model.safetensors.index.json names model-1.safetensors, which is not there; choose another revision"),
         ({}, "[config.json, weights/*]", "no file is called weights/*; there are config.json"),
-        ({"x.bin": b"x"}, "['*']", None),
         ({"modeling.py": b"x"}, "['*.py']", None),
     ],
 )  # fmt: skip
@@ -283,9 +283,114 @@ def test_models_that_cant_be_used(hub: Hub, project: Path, files: dict[str, Any]
     if said is not None:
         assert text == f"me/tiny@main: {said}"
     else:
-        (name,) = files
-        kind = "code" if name.endswith(".py") else "a pickle, which can run code when loaded"
-        assert text == f"me/tiny@main/{name}: is {kind}; leave it out of `files`"
+        assert text == "me/tiny@main/modeling.py: is code; leave it out of `files`"
+
+
+def test_a_pickle_is_read_only_if_it_is_allowed_by_its_digest(hub: Hub, project: Path, tiny_model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied, as pickles have it
+    torch.save(tensors, project / "weights.bin")
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.suffix != ".safetensors"}
+    hub.put(
+        "me/tiny", {**files, "pytorch_model.bin": (project / "weights.bin").read_bytes(), "training_args.bin": b"x"}
+    )
+    hub.put("me/rows", {"train.jsonl": ROWS}, kind="dataset")
+    digest = f"sha256:{sha256_file(project / 'weights.bin')}"
+
+    said = prefbuild(hub, project, "lock", code=4)
+    allow = f'allow_pickle: {{pytorch_model.bin: "{digest}"}}'
+    assert said == (
+        "prefbuild: me/tiny@main/pytorch_model.bin: is a pickle, which can run code when loaded; choose a repository "
+        f"or revision with safetensors, or allow that its tensors are read: {allow}\n"
+    )
+    recipe(project, base=f'  allow_pickle: {{pytorch_model.bin: "sha256:{"0" * 64}"}}\n')
+    said = prefbuild(hub, project, "lock", code=4)
+    assert said == (
+        f"prefbuild: me/tiny@main/pytorch_model.bin: is a pickle with the digest {digest}, and `allow_pickle` says "
+        f"sha256:{'0' * 64}; find out why it is another before you correct the recipe\n"
+    )
+    assert not (project / LOCK).exists()
+    recipe(project, base=f"  {allow}\n")  # as the first message has it
+    prefbuild(hub, project, "lock")
+    assert entries(project)["me/tiny@main"]["reference"]["allow_pickle"] == {"pytorch_model.bin": digest}
+    fetch(hub, project, "model")
+    (model,) = (project / "build/models").iterdir()
+    assert sorted(path.name for path in model.iterdir() if path.suffix in (".bin", ".safetensors")) == [
+        "model.safetensors"
+    ]
+    made = load_file(model / "model.safetensors")
+    assert made.keys() == tensors.keys() and all(torch.equal(made[key], tensors[key]) for key in made)
+    hub.put("me/tiny", {"model.safetensors": (tiny_model / "model.safetensors").read_bytes()})
+    said = prefbuild(hub, project, "lock", "--update", code=4)
+    assert said == "prefbuild: me/tiny@main/pytorch_model.bin: is in `allow_pickle` and is not read; take it out\n"
+
+
+def test_an_allowed_pickle_that_runs_code_is_refused_and_not_run(hub: Hub, project: Path, tiny_model: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.suffix != ".safetensors"}
+    make = (
+        "import os, torch\n"
+        "class Evil:\n    def __reduce__(self): return os.system, ('touch ran',)\n"
+        "torch.save({'a': torch.zeros(2), 'b': Evil()}, 'weights.bin')"
+    )
+    run(project, "python", "-c", make)
+    assert run(project, "python", "-c", "import torch; torch.load('weights.bin', weights_only=False)") == ""
+    (project / "ran").unlink()  # it does run where it is let
+    hub.put("me/tiny", {**files, "pytorch_model.bin": (project / "weights.bin").read_bytes()})
+    hub.put("me/rows", {"train.jsonl": ROWS}, kind="dataset")
+    digest = f"sha256:{sha256_file(project / 'weights.bin')}"
+    recipe(project, base=f'  allow_pickle: {{pytorch_model.bin: "{digest}"}}\n')
+    prefbuild(hub, project, "lock")
+    said = fetch(hub, project, "model", code=7, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1").splitlines()[-1]
+    assert said.endswith(
+        ": me/tiny@main/pytorch_model.bin: asks for posix.system, which is no tensor, so nothing of it was run; don't "
+        "load it elsewhere, and choose a repository with safetensors"
+    )
+    assert not list(project.rglob("ran"))
+    assert not list((project / "build/models").rglob("*.bin")) and not list(project.rglob("build/**/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{pytorch_model.bin: abc}", "base.allow_pickle.'pytorch_model.bin': 'abc' is no digest; write sha256: and 64 hex digits, as `prefbuild lock` shows it"),
+        ("{../x.bin: abc}", "base.allow_pickle.'../x.bin': '../x.bin' climbs with '..'; give a path inside the project, or an absolute one"),
+        ("true", "base.allow_pickle: is true; a section is wanted"),
+    ],
+)  # fmt: skip
+def test_an_allowance_without_digest_is_refused(project: Path, written: str, said: str) -> None:
+    recipe(project, base=f"  allow_pickle: {written}\n")
+    assert said in run(project, "prefbuild", "check", code=3)
+
+
+def test_sharded_pickles_become_sharded_safetensors(hub: Hub, project: Path, tiny_model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(tiny_model / "model.safetensors")
+    names = sorted(tensors)
+    shards = {f"pytorch_model-0000{n}-of-00002.bin": names[n - 1 :: 2] for n in (1, 2)}
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.suffix != ".safetensors"}
+    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    files["pytorch_model.bin.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    for shard, keys in shards.items():
+        torch.save({key: tensors[key] for key in keys}, project / shard)
+        files[shard] = (project / shard).read_bytes()
+    hub.put("me/tiny", files)
+    hub.put("me/rows", {"train.jsonl": ROWS}, kind="dataset")
+    allow = prefbuild(hub, project, "lock", code=4).partition("allow_pickle: ")[2]
+    assert allow.count("sha256:") == 2
+    recipe(project, base=f"  allow_pickle: {allow}")
+    prefbuild(hub, project, "lock")
+    fetch(hub, project, "model")
+    (model,) = (project / "build/models").iterdir()
+    made = sorted(path.name for path in model.glob("model*"))
+    assert made == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)] + ["model.safetensors.index.json"]
+    assert not list(model.glob("pytorch_model*"))
+    loaded = {key: tensor for path in model.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[key], tensors[key]) for key in loaded)
 
 
 def test_a_sharded_checkpoint_and_a_single_gguf(hub: Hub, project: Path) -> None:
@@ -305,7 +410,8 @@ def test_a_sharded_checkpoint_and_a_single_gguf(hub: Hub, project: Path) -> None
     ("files", "asked", "found"),
     [
         (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "README.md"], "", "0 1"),
-        (["data/train-0.parquet", "data/test-0.parquet"], "", "has several sets of rows (data/test-0.parquet, data/train-0.parquet); say which, as in files: [data/test-0.parquet]"),
+        (["data/train-0.parquet", "data/test-0.parquet"], "", "has several sets of rows (data/test-0.parquet, data/train-0.parquet); say which, with config and split (there are default (train, test)), or as in files: [data/test-0.parquet]"),
+        (["a.jsonl", "b.jsonl"], "", "has several sets of rows (a.jsonl, b.jsonl); say which, as in files: [a.jsonl]"),
         (["data/train-0.parquet", "data/test-0.parquet"], "[data/train-*]", "0"),
         (["en/train.jsonl", "de/train.jsonl", "dataset_infos.json"], "[en/train.jsonl]", "0"),
         (["rows.py", "dataset_infos.json"], "", "its rows are made by a script (rows.py), which is not run; the Hub's own copy in Parquet may be there: revision: refs/convert/parquet"),
@@ -326,6 +432,83 @@ def test_which_rows_are_taken(hub: Hub, project: Path, files: list[str], asked: 
         assert text == "me/rows@main/rows.txt: is no file of rows; those end in .jsonl, .json, .parquet, .csv"
     else:
         assert text == f"me/rows@main: {found}"
+
+
+CARD = """---
+configs:
+  - config_name: en
+    default: true
+    data_files:
+      - {split: train, path: rows/en/*.jsonl}
+      - {split: held, path: [rows/en-held.jsonl]}
+  - config_name: de
+    data_files: rows/de.jsonl
+---
+# Rows
+"""
+
+
+def test_a_configuration_and_a_split_become_files_when_they_are_pinned(hub: Hub, project: Path) -> None:
+    paths = ["rows/en/0.jsonl", "rows/en/1.jsonl", "rows/en-held.jsonl", "rows/de.jsonl", "loading.py"]
+    put_checkpoint(hub)
+    hub.put("me/rows", {"README.md": CARD.encode(), **dict.fromkeys(paths, ROWS)}, kind="dataset")
+
+    def pinned(asked: str) -> list[str]:
+        recipe(project, data=asked)
+        prefbuild(hub, project, "lock")
+        entry = entries(project)["me/rows@main"]
+        assert {key: entry["reference"].get(key) for key in ("config", "split")} == {
+            key: next((word for word in asked.split() if f"{key}: {word}" in asked), None)
+            for key in ("config", "split")
+        }
+        return [file["path"] for file in entry["files"]]
+
+    assert pinned("      split: train\n") == ["rows/en/0.jsonl", "rows/en/1.jsonl"]
+    assert pinned("      config: en\n      split: held\n") == ["rows/en-held.jsonl"]
+    assert pinned("      config: de\n") == ["rows/de.jsonl"]
+    fetch(hub, project, "data")
+    assert fetched(project) == {"rows/de.jsonl": ROWS}
+
+    recipe(project, data="      config: fr\n")
+    assert prefbuild(hub, project, "lock", code=4) == (
+        "prefbuild: me/rows@main: has no config fr; there are en (train, held), de (train)\n"
+    )
+    recipe(project, data="      split: dev\n")
+    assert prefbuild(hub, project, "lock", code=4) == (
+        "prefbuild: me/rows@main: has no split dev in config en; there are en (train, held), de (train)\n"
+    )
+    recipe(project, data="      split: train\n      files: [rows/de.jsonl]\n")
+    said = prefbuild(hub, project, "lock", code=3)
+    assert "data.sources[0].split: says which rows, and files too; give one of them" in said
+    hub.put("me/rows", {"README.md": b"---\nconfigs: [\n---\n"}, kind="dataset")
+    recipe(project, data="      split: train\n")
+    said = prefbuild(hub, project, "lock", code=4)
+    assert said.startswith("prefbuild: me/rows@main/README.md: the YAML on its top can't be read (")
+    assert said.endswith("); name the files, with files: [...]\n")
+
+
+def test_an_update_shows_what_moved_for_the_named_recipe_alone(hub: Hub, project: Path) -> None:
+    put_checkpoint(hub)
+    old = hub.put("me/rows", {"a.jsonl": ROWS, "b.jsonl": ROWS}, kind="dataset")
+    other = hub.put("me/others", {"train.jsonl": ROWS}, kind="dataset")
+    recipe(project, data="      files: ['*.jsonl']\n")
+    text = (project / "recipes/first.yaml").read_text()
+    (project / "recipes/second.yaml").write_text(text.replace("me/rows", "me/others"))
+    prefbuild(hub, project, "lock")
+    base = hub.put("me/tiny", {"README.md": b"# you"})  # no file that is pinned
+    new = hub.put("me/rows", {"b.jsonl": b"{}\n", "c.jsonl": ROWS}, delete=("a.jsonl",), kind="dataset")
+    hub.put("me/others", {"train.jsonl": b"{}\n"}, kind="dataset")
+    lines = prefbuild(hub, project, "lock", "--update", "first").splitlines()
+    was = hub.history("me/tiny")[1]
+    assert lines[0] == f"moved me/tiny@main: {was[:8]} -> {base[:8]}, for second too"
+    assert lines[1:3] == [
+        f"moved me/rows@main: {old[:8]} -> {new[:8]}",
+        "dropped me/rows@main/a.jsonl: it is gone",
+    ]
+    assert lines[3].startswith("changed me/rows@main/b.jsonl: sha256 ")
+    assert lines[4:] == ["pinned me/rows@main/c.jsonl (new)"]
+    found = entries(project)
+    assert (found["me/rows@main"]["commit"], found["me/others@main"]["commit"]) == (new, other)
 
 
 def test_a_lock_without_the_commit_is_refused(hub: Hub, project: Path) -> None:
