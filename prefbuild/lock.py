@@ -90,7 +90,8 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None,
         for source in _sources(recipe):
             node = sources.node_id(source)
             if node not in entries:
-                entries[node] = _pin_source(root, source, old["sources"].get(node), lines, update)
+                before = old["sources"].get(node)
+                entries[node] = _pin_source(root, source, before, lines, update, _others(node, recipes, chosen))
         for task in recipe.evaluate.tasks:
             key = task_key(task)
             if key not in tasks:
@@ -195,7 +196,15 @@ def _sources(recipe: Recipe) -> list[dict[str, Any]]:
     return bases + [source.model_dump(mode="json") for source in recipe.data.sources]
 
 
-def _pin_source(root: Path, source: dict[str, Any], old: Entry | None, lines: list[str], update: bool) -> Entry:
+def _others(node: str, recipes: dict[str, Recipe], chosen: dict[str, Recipe]) -> list[str]:
+    """The recipes that use a source too, and were not named."""
+    rest = {name: recipe for name, recipe in recipes.items() if name not in chosen}
+    return [name for name, recipe in rest.items() if node in map(sources.node_id, _sources(recipe))]
+
+
+def _pin_source(
+    root: Path, source: dict[str, Any], old: Entry | None, lines: list[str], update: bool, others: list[str]
+) -> Entry:
     asked = sources.reference(source)
     may_change = source["source"] == "file" or (update and source["source"] == "hub")
     if old is not None and old["reference"] == asked and not may_change:
@@ -206,7 +215,8 @@ def _pin_source(root: Path, source: dict[str, Any], old: Entry | None, lines: li
         lines.append(f"pinned {entry['title']}{at} ({_amount(entry['files'])})")
         return entry
     if entry.get("commit") != old.get("commit"):
-        lines.append(f"moved {entry['title']}: {old['commit'][:8]} -> {entry['commit'][:8]}")
+        too = f", for {', '.join(others)} too" if others else ""
+        lines.append(f"moved {entry['title']}: {old['commit'][:8]} -> {entry['commit'][:8]}{too}")
     before, after = ({_shown(source, e["path"]): e for e in files} for files in (old["files"], entry["files"]))
     lines += _changes(before, after)
     return entry
