@@ -34,6 +34,13 @@ GATES = [
     {"metric": "evaluate.concise.exact_match", "min_delta": 0.05, "against": "y"},
     {"metric": "prepare.dropped.empty", "max": 2},
 ]
+CURVES: dict[str, Callable[[int], float]] = {
+    "loss": lambda step: 0.75 - step / 32,
+    "rewards/margins": lambda step: step / 4,
+    "rewards/accuracies": lambda step: 1 - 1 / step,
+    "rewards/chosen": lambda step: step / 8,
+    "rewards/rejected": lambda step: -step / 8,
+}
 RECIPE: dict[str, Any] = {
     "description": "Answers in one word.",
     "base": {"source": "file", "path": "models/tiny", "name": "org/tiny"},
@@ -148,7 +155,10 @@ def make(root: Path) -> None:
     merged = digest(root, "build/x/merged")
     scores = evaluate(root, "build/x/evaluate", model=merged, who="x", stage="evaluate", name="x")
     write_json(root / "build/x/evaluate.json", scores)
-    write(root / "build/x/lengths.csv", "tokens,rows\n")
+    write(root / "build/x/lengths.csv", "part,tokens,rows\nprompt,0,6\nprompt,8,4\nchosen,0,10\nrejected,0,10\n")
+    for curve, value in CURVES.items():
+        rows = "".join(f"{step}\t{value(step)}\n" for step in range(1, 9))
+        write(root / f"build/x/live/plots/metrics/train/{curve}.tsv", f"step\t{curve.rpartition('/')[2]}\n{rows}")
 
     judge(root)
     lock(root)

@@ -1,11 +1,14 @@
 """Draw pictures as SVG text: the same numbers give the same bytes, the colours are the page's CSS classes.
 
 Written by hand and not with matplotlib, whose colours are fixed in the file: a page that follows light and dark needs
-`currentColor` and classes. Every function returns one `<svg>` element; texts are escaped.
+`currentColor` and classes. Every function returns one `<svg>` element; texts are escaped. `figure` puts several into
+one file that needs no page.
 """
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from statistics import fmean
@@ -13,6 +16,30 @@ from statistics import fmean
 WIDTH, HEIGHT = 280, 170
 LEFT, RIGHT, TOP, BOTTOM = 38, 8, 8, 34  # margins for the axes' numbers
 MAX_POINTS = 120  # more would be a smear: points are then means of neighbours
+
+# Of a figure: the page's colours, light and dark, and how its classes look.
+COLOURS = {
+    "#ffffff": "#171c23", "#1c2128": "#e4e8ed", "#5c6670": "#98a2ad", "#dde1e6": "#2c343e",
+    "#1f6feb": "#6aa8ff", "#c2570c": "#f2994a", "#7a3fc4": "#b794f6",
+}  # fmt: skip
+GROUND, INK, SOFT, LINE, *SERIES = COLOURS
+LOOKS = {
+    "grid": f'stroke="{LINE}"',
+    "zero": f'stroke="{SOFT}" stroke-opacity="0.7"',
+    "axis": f'stroke="{LINE}" stroke-width="2"',
+    "whisker base": f'stroke="{SOFT}" stroke-width="2"',
+    "whisker model": f'stroke="{SERIES[0]}" stroke-width="2"',
+    "ring": f'fill="{GROUND}" stroke="{SOFT}" stroke-width="2"',
+    "disc": f'fill="{SERIES[0]}"',
+}
+for _number, _colour in enumerate(SERIES, 1):
+    LOOKS |= {
+        f"line c{_number}": f'fill="none" stroke="{_colour}" stroke-width="1.8" stroke-linejoin="round"',
+        f"area c{_number}": f'fill="{_colour}" fill-opacity="0.13" stroke="{_colour}" stroke-width="1.5"',
+        f"dot c{_number}": f'fill="{_colour}"',
+    }
+PANEL, GAP, MARGIN = 340, 28, 20  # of a figure: the width of a picture in it, and what is left free
+FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 Points = list[tuple[float, float]]
 Place = Callable[[float, float], str]
@@ -88,6 +115,70 @@ def comparison(title: str, base: tuple[float, float], model: tuple[float, float]
         f'<svg class="comparison" viewBox="0 0 160 24" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{shapes}</svg>"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture of a figure, with what stands around it."""
+
+    heading: str
+    svg: str
+    legend: list[tuple[str, str]]  # (class of the mark, text)
+    ends: tuple[str, str] | None = None  # of the axis, where the picture has no numbers
+
+
+def figure(title: str, panels: list[Panel]) -> str:
+    """Panels in two columns as a file of its own, which looks the same wherever it is an image, in light and dark.
+
+    It has its own ground, since a dark page may be shown to a reader whose system is set to light. Light colours are
+    attributes: some hosts forbid a style, and then all would be black.
+    """
+    columns = min(2, len(panels))
+    shapes, y = [], MARGIN
+    for start in range(0, len(panels), columns):
+        row = panels[start : start + columns]
+        drawn = [_panel(panel, MARGIN + place * (PANEL + GAP), y) for place, panel in enumerate(row)]
+        shapes += [text for text, _ in drawn]
+        y += max(height for _, height in drawn) + GAP
+    width, height = 2 * MARGIN + columns * PANEL + (columns - 1) * GAP, y - GAP + MARGIN
+    dark = "".join(
+        f'[{kind}="{light}"]{{{kind}:{colour}}}' for light, colour in COLOURS.items() for kind in ("fill", "stroke")
+    )
+    text = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(title)}" font-family="{FONTS}" font-size="10.5">'
+        f"<style>@media (prefers-color-scheme:dark){{{dark}}}</style><title>{escape(title)}</title>"
+        f'<rect width="{width}" height="{height}" rx="10" fill="{GROUND}"/>{"".join(shapes)}</svg>'
+    )
+    return "".join(c for c in text if c.isprintable()) + "\n"  # control characters are no XML, escaped or not
+
+
+def _panel(panel: Panel, x: int, y: int) -> tuple[str, int]:
+    """A panel with its upper left corner at x, y; and its height."""
+    heading = panel.heading if len(panel.heading) <= 46 else f"{panel.heading[:45]}…"
+    parts, top = [_text(heading, x, y + 11, f'font-size="13" font-weight="600" fill="{INK}"')], y + 20
+    if panel.legend:
+        step = PANEL // len(panel.legend)
+        for place, (mark, text) in enumerate(panel.legend):
+            left = x + place * step
+            parts.append(f'<circle {LOOKS[mark]} cx="{left + 5}" cy="{top + 7}" r="4"/>')
+            parts.append(_text(text, left + 14, top + 11, f'font-size="12" fill="{SOFT}"'))
+        top += 20
+    _, _, wide, high = re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', panel.svg)[0]
+    height = round(PANEL * int(high) / int(wide))
+    drawn = re.sub(r'class="([^"]+)"', lambda found: LOOKS.get(found[1], ""), panel.svg)
+    drawn = drawn.replace("<text ", f'<text fill="{SOFT}" ').replace(' role="img"', "", 1)
+    parts.append(drawn.replace("<svg ", f'<svg x="{x}" y="{top}" width="{PANEL}" height="{height}" ', 1))
+    top += height
+    if panel.ends:
+        for end, at, anchor in zip(panel.ends, (x + 17, x + PANEL - 17), ("start", "end"), strict=True):
+            parts.append(_text(end, at, top + 2, f'font-size="11" text-anchor="{anchor}" fill="{SOFT}"'))
+        top += 6
+    return "".join(parts), top - y
+
+
+def _text(text: str, x: int, y: int, look: str) -> str:
+    return f'<text x="{x}" y="{y}" {look}>{escape(text)}</text>'
 
 
 def thin(points: Points) -> Points:
