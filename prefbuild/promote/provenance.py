@@ -99,7 +99,7 @@ def gather(
     versions: dict[str, Any] = {}
     for record in records:
         versions |= record.get("versions", {})
-        versions |= {key: record[key] for key in ("device", "dtype", "image") if record.get(key)}
+        versions |= {"image": record["image"]} if record.get("image") else {}
     return {
         "name": name,
         "version": version,
@@ -361,7 +361,9 @@ def public_url(url: str) -> str | None:
         host = parts.netloc.rpartition("@")[2]
     except ValueError:
         return None
-    if parts.scheme not in ("https", "http", "ssh", "git") or not host or "@" in parts.path:
+    if parts.scheme not in ("https", "http", "ssh", "git") or not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
+        return None
+    if "@" in parts.path + parts.query + parts.fragment:  # a password with / ? or # in it
         return None
     return f"{parts.scheme}://{host}{parts.path}"
 
