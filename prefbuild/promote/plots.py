@@ -1,10 +1,11 @@
 """The pictures of a model card: SVG files that lie beside the records, drawn from the files of the build.
 
 Covered: training curves, the metrics against the base's, lengths in tokens. What has no numbers has no picture.
-Not covered: whether the files are this build's, which the promotion has checked.
+Not covered: whether the files are this build's.
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -81,8 +82,9 @@ def _lengths(path: Path) -> Drawn | None:
     if not path.exists():
         return None
     parts = read_lengths(path)
-    longest = {part: max((edge for edge, rows in bins if rows), default=0) for part, bins in parts.items()}
-    title = "Rows by length in tokens: " + ", ".join(f"{part} up to about {edge}" for part, edge in longest.items())
+    width = min((b - a for bins in parts.values() for (a, _), (b, _) in pairwise(sorted(bins))), default=1)
+    over = {part: max((edge for edge, rows in bins if rows), default=0) + width for part, bins in parts.items()}
+    title = "Rows by length in tokens: " + ", ".join(f"{part} all under {edge}" for part, edge in over.items())
     legend = [(f"dot c{place}", part) for place, part in enumerate(parts, 1)]
     panel = Panel(heading="Rows by length in tokens", svg=histogram(title, parts, "tokens"), legend=legend)
     return figure(title, [panel]), title

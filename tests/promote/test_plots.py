@@ -39,7 +39,7 @@ def test_every_plot_is_written_and_says_what_it_shows(root):
         "0 to 0.875, rewards from 0.125 / −0.125 to 1 / −1",
         "measured.svg": "concise corpus: base 0.5, this model 0.5; concise exact_match: base 0.45, this model 0.75; "
         + shown["measured.svg"].partition("0.75; ")[2],
-        "lengths.svg": "Rows by length in tokens: prompt up to about 8, chosen up to about 0, rejected up to about 0",
+        "lengths.svg": "Rows by length in tokens: prompt all under 16, chosen all under 8, rejected all under 8",
     }
     assert sorted(path.name for path in folder.iterdir()) == sorted(shown)
     for name, says in shown.items():
