@@ -223,9 +223,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument("--to", metavar="VERSION", help="go back to this version")
-    sub.add_argument(
-        "--replace", action="store_true", help="also when main holds files that no promotion put there"
-    )
+    sub.add_argument("--replace", action="store_true", help="also when main holds files that no promotion put there")
     key(sub, "the folder with the signer's public keys")
 
     sub = command("keygen", _keygen, "make the keys that promotions are signed with", "prefbuild keygen --passphrase")
@@ -348,7 +346,34 @@ def _stage(arguments: argparse.Namespace) -> int:
     from prefbuild.runners import RUNNERS, choose_runner
 
     _enter_project()
-    return run_job(make_job(arguments.stage, arguments.name), RUNNERS[choose_runner(arguments.runner)])
+    job = make_job(arguments.stage, arguments.name)
+    if arguments.stage == "train":
+        _refuse_vain_training(arguments.name)
+    return run_job(job, RUNNERS[choose_runner(arguments.runner)])
+
+
+def _refuse_vain_training(name: str) -> None:
+    """StageError when the recipe promotes to the Hub, and the Hub says now that it can't."""
+    from prefbuild.artifact import read_json
+    from prefbuild.errors import StageError
+    from prefbuild.resolve import resolved_path
+
+    section = read_json(Path(resolved_path("train", name))).get("promote")
+    target = section["settings"]["promote"] if section else {}
+    if target.get("to") != "hub" or os.environ.get("PREFBUILD_TRAIN_ANYWAY") == "1":
+        return
+    from prefbuild.promote.access import CouldNotAsk, write_access
+
+    try:
+        problem = write_access(target["repo"], target["private"])
+    except CouldNotAsk as error:
+        print(f"prefbuild: whether {name} can be promoted to {target['repo']} is not known: {error}", file=sys.stderr)
+        return
+    if problem:
+        raise StageError(
+            f"train {name}: training would end in a model that you can't promote to {target['repo']}: {problem}. "
+            "To train all the same: PREFBUILD_TRAIN_ANYWAY=1"
+        )
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -104,7 +104,7 @@ class Hub:
             WRITE: {"name": "me", "role": "write", "orgs": ["our-team"]},
             READ: {"name": "me", "role": "read", "orgs": ["our-team"]},
             OTHER: {"name": "other", "role": "write", "orgs": []},
-        }
+        }  # with the role fineGrained: `scoped`, as whoami tells it; `read_only_orgs`, among `orgs`
         self.revoked: set[str] = set()
         for name in ("blobs", "incoming"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -283,9 +283,16 @@ class Hub:
             raise Refused(403 if user else 401, message, "GatedRepo")
         if write and user is None:
             raise Refused(401, "Invalid username or password.")
-        if write and (not owner or user["role"] != "write"):
+        if write and (not owner or not self.may_write(user, key.split("/")[1], key.partition("/")[2])):
             raise Refused(403, f"You don't have the rights to write to {key}: use a token with write access")
         return repo
+
+    def may_write(self, user: dict[str, Any], space: str, name: str) -> bool:
+        """Whether a token may write to a repository of a space, or make one there."""
+        if space in user.get("read_only_orgs", []):
+            return False
+        scopes = [scope for scope in user.get("scoped", []) if scope["entity"]["name"] in (space, name)]
+        return user["role"] == "write" or any("repo.write" in scope["permissions"] for scope in scopes)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -391,8 +398,11 @@ class Handler(BaseHTTPRequestHandler):
                 user = self.hub.user(self.token)
                 if user is None:
                     raise Refused(401, "Invalid username or password.")
-                orgs = [{"name": org, "type": "org"} for org in user["orgs"]]
+                roles = dict.fromkeys(user["orgs"], "write") | dict.fromkeys(user.get("read_only_orgs", []), "read")
+                orgs = [{"name": org, "type": "org", "roleInOrg": role} for org, role in roles.items()]
                 auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user["role"]}}
+                if user["role"] == "fineGrained":
+                    auth["accessToken"]["fineGrained"] = {"global": [], "scoped": user["scoped"]}
                 return to_json({"type": "user", "name": user["name"], "orgs": orgs, "auth": auth})
             case "POST" | "DELETE", ["api", "repos", ("create" | "delete") as act]:
                 return self._create() if act == "create" else self._delete()
@@ -459,7 +469,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{key.removeprefix('models/')}"
         if user is None:
             raise Refused(401, "Invalid username or password.")
-        if user["role"] != "write" or space not in [user["name"], *user["orgs"]]:
+        if space not in [user["name"], *user["orgs"]] or not self.hub.may_write(user, space, ""):
             raise Refused(403, f'You don\'t have the rights to create a repository under the namespace "{space}"')
         with self.hub.lock:
             if key in self.hub.repos:
