@@ -222,7 +222,7 @@ def _base(resolved: dict[str, Any], gate: dict[str, Any], facts: dict[str, Any])
         "hub": hub,
         "commit": pinned.get("commit"),
         "load": hub or path,
-        "name": hub or name or _title(source),
+        "name": hub or (_without_folders(name) if name else _title(source)),
         "title": _title(source),
         "revision": _revision(pinned),
     }
@@ -237,9 +237,12 @@ def _title(source: dict[str, Any]) -> str:
     """The name people know a source by, and no path of the machine it was read on."""
     if source["source"] == "hub":
         return str(source["repo"])
-    if source["source"] == "file" and PurePosixPath(source["path"]).is_absolute():
-        return PurePosixPath(source["path"]).name
-    return title(source)
+    return _without_folders(title(source))
+
+
+def _without_folders(name: str) -> str:
+    """The last part of an absolute path; other names as they are."""
+    return PurePosixPath(name).name if PurePosixPath(name).is_absolute() else name
 
 
 def _revision(pinned: dict[str, Any]) -> str:

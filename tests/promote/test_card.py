@@ -87,10 +87,6 @@ def from_hub(path: str, **source: object) -> Callable[[dict[str, Any]], Any]:
     return lambda facts: facts["lock"]["entries"].update({path: entry})
 
 
-def data_path(root: Path) -> str:
-    return str(built.resolved(root)["prepare"]["inputs"]["data"][0])
-
-
 def test_the_card_has_these_sections_in_this_order(root):
     order = ["x v3", "Use", "Measured", "Gates", "Training", "Data", "Provenance", "Verify", "Rebuild"]
     assert titles(card(root)) == order
@@ -219,6 +215,14 @@ def test_only_an_id_of_the_hub_is_a_base_model(root):
     assert f'base = "{BASE}"  # where' in text
 
 
+@pytest.mark.parametrize("name", ["tiny", "/mnt/models/tiny", "a/b/c", "org/tiny model"])
+def test_a_name_that_is_no_id_of_the_hub_is_no_base_model(root, name):
+    change_recipe(root, base={"source": "file", "path": "models/tiny", "name": name})
+    text = card(root)
+    assert "base_model" not in front(text)
+    assert "/mnt" not in text
+
+
 def test_a_base_from_the_hub_is_named_and_loaded_at_its_commit(root):
     change_recipe(root, promote={"to": "directory", "merged": False})
     text = card(root, facts=from_hub(BASE, repo="org/base", name="/mnt/mirror/base"))
@@ -230,10 +234,14 @@ def test_a_base_from_the_hub_is_named_and_loaded_at_its_commit(root):
     assert "/mnt" not in text
 
 
-def test_data_from_the_hub_is_named_in_the_front_matter(root):
-    text = card(root, facts=from_hub(data_path(root), repo="org/pairs"))
+def test_data_from_the_hub_is_named_once_in_the_front_matter(root):
+    shutil.copy(root / "recipes/rows/train.jsonl", root / "recipes/rows/more.jsonl")
+    sources = [{"source": "file", "path": f"recipes/rows/{name}.jsonl"} for name in ("train", "more")]
+    change_recipe(root, data={**built.RECIPE["data"], "sources": sources})
+    paths = built.resolved(root)["prepare"]["inputs"]["data"]
+    text = card(root, facts=lambda facts: [from_hub(path, repo="org/pairs")(facts) for path in paths])
     assert front(text)["datasets"] == ["org/pairs"]
-    assert "| org/pairs | commit abcdef12abcd |" in section(text, "Data")
+    assert section(text, "Data").count("| org/pairs | commit abcdef12abcd |") == 2
 
 
 def test_another_recipes_model_as_base(root):
@@ -337,7 +345,7 @@ def test_plots_stand_in_their_sections_with_what_they_show(root):
 
 
 def test_the_owners_text_stands_below_the_description_as_it_is(root):
-    built.write(root / "recipes/x.md", "---\nlicense: mit\n---\r\n\n## Limits\n\n{{ none }} | `a` <b>\n\n")
+    built.write(root / "recipes/x.md", "\ufeff---\nlicense: mit\n---\r\n\n## Limits\n\n{{ none }} | `a` <b>\n\n")
     change_recipe(root, promote={"to": "directory", "card": "recipes/x.md"})
     text = card(root)
     assert (
