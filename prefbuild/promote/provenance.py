@@ -109,7 +109,7 @@ def gather(
         "git_commit": source.commit,
         "git_remote": _remote(root),
         # git's own words, in brackets, may name folders of this machine.
-        "dirty": [re.sub(r"/\S+", "...", line) if line.startswith("(") else line for line in source.dirty],
+        "dirty": [re.sub("/.*", "...)", line) if line.startswith("(") else line for line in source.dirty],
         "recipe": _file(root, f"recipes/{name}.yaml"),
         "params": _file(root, "params.yaml"),
         "lock": {**_file(root, "prefbuild.lock.yaml"), "entries": _pins(root, resolved)},

@@ -94,6 +94,7 @@ def test_it_is_valid_with_everything_the_facts_can_hold(root):
     assert set(parts(made, "container")) == {"registry.example.org:5000/p", "cpu"}
     assert set(parts(made, "device")) == {"NVIDIA H200"}
     assert parts(made, "platform")["python"]["version"] == "3.11.7"
+    assert set(parts(made, "library")) == {"torch", "transformers", "trl", "peft", "lm_eval"}
     torch = [part["purl"] for part in made["components"] if part["name"] == "torch"]
     assert torch == ["pkg:pypi/torch@2", "pkg:pypi/torch@2.13.0%2Bcu130"]  # trained and measured with different ones
     assert {"type": "vcs", "url": "https://example.org/o/n.git"} in made["metadata"]["component"]["externalReferences"]

@@ -249,9 +249,10 @@ def test_nothing_of_this_machine_is_in_it(root, tmp_path, monkeypatch):
 
 
 def test_gits_own_words_lose_their_paths(root):
-    (root / ".git/HEAD").write_text("nonsense")
-    dirty = make_facts(root)["dirty"]
-    assert dirty[0].startswith("(") and str(root.parent) not in dirty[0]
+    shutil.rmtree(root / ".git")
+    (root / ".git").write_text("gitdir: /home/me/repository\n")
+    assert source_state(root, "x").dirty == ["(fatal: not a git repository: /home/me/repository)"]
+    assert make_facts(root)["dirty"] == ["(fatal: not a git repository: ...)"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,9 @@ def test_gits_own_words_lose_their_paths(root):
         ("example.org:owner/name", "ssh://example.org/owner/name"),
         ("https://user:pass/word@github.com/o/n", None),
         ("https://user:pass?word@github.com/o/n", None),
+        ("https://user:1234?5@github.com/o/n", None),
+        ("https://user:1234/5@github.com/o/n", None),
+        ("https://user:1234#5@github.com/o/n", None),
         ("https://user:pass#word@github.com/o/n", None),
         ("/home/me/models", None),
         ("../models", None),
@@ -289,10 +293,10 @@ def test_a_path_outside_of_the_project_loses_its_folders(path, public):
     assert public_path(path) == public
 
 
-def test_a_token_that_git_puts_into_urls_is_not_published(root):
+def test_what_this_user_makes_of_urls_is_not_published(root):
     git(root, "remote", "add", "origin", "https://github.com/o/n")
-    git(root, "config", "url.https://x-access-token:secret@github.com/.insteadOf", "https://github.com/")
-    assert "secret" in git(root, "remote", "get-url", "origin")
+    git(root, "config", "url.https://x-access-token:secret@mirror.internal/.insteadOf", "https://github.com/")
+    assert "mirror.internal" in git(root, "remote", "get-url", "origin")
     assert make_facts(root)["git_remote"] == "https://github.com/o/n"
 
 
