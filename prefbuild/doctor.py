@@ -1,6 +1,7 @@
 """What this machine lacks for a recipe, found before hours are spent on it.
 
-Covered: tools, package versions, the lock, disk, links between project and cache, processor or GPU, memory, containers.
+Covered: tools, package versions, the lock, disk, links between project and cache, processor or GPU, memory, containers,
+and what the Hub says of sources that are not fetched and of a promotion to it.
 Not covered: how long a build takes, other programs that take memory meanwhile, remotes. Sizes are estimates and say so.
 """
 
@@ -95,12 +96,13 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
         *dvc(root),
         *packages(),
         lock(project, name),
-        *fetched(project, recipe, network=network),
+        *fetched(project, recipe, runner, network=network),
         *disk(project, name, shape),
         temporary(),
         *processor(recipe, gpus, shape, idle=len(there) - len(gpus)),
         memory(recipe, gpus, shape),
         *containers(project, recipe, runner),
+        *promotion(recipe),
     ]
 
 
@@ -208,8 +210,8 @@ def lock(project: Project, name: str) -> Finding:
     return Finding(what="lock", state="ok", found="everything is pinned")
 
 
-def fetched(project: Project, recipe: Recipe, *, network: bool) -> list[Finding]:
-    """What is still to be downloaded, and, if asked, whether the index has it."""
+def fetched(project: Project, recipe: Recipe, runner: str, *, network: bool) -> list[Finding]:
+    """What is still to be downloaded, whether the Hub gives it, and, if asked, whether the index has it."""
     findings = []
     for folder, sources in (("models", [_base(project, recipe)]), ("data", list(recipe.data.sources))):
         for source in [each.model_dump(mode="json") for each in sources]:
@@ -218,6 +220,9 @@ def fetched(project: Project, recipe: Recipe, *, network: bool) -> list[Finding]
                 continue
             size = sum(file["size"] for file in _files(project, node))
             found = f"{title(source)}: not fetched yet" + (f", {_gigabytes(size)} and more to download" if size else "")
+            if source["source"] == "hub":
+                findings.append(_from_hub(project, source, runner, found))
+                continue
             is_wheel = source["source"] == "wheel"
             problem = _index_problem(source["package"], source["version"]) if network and is_wheel else ""
             findings.append(
@@ -225,11 +230,34 @@ def fetched(project: Project, recipe: Recipe, *, network: bool) -> list[Finding]
                     what="download",
                     state="missing" if problem else "ok",
                     found=f"{found}; {problem}" if problem else found,
-                    needed="the package index" if is_wheel else "the Hub",
+                    needed="the package index",
                     fix="check the network, or pip's index setting (`pip config list`)" if problem else "",
                 )
             )
     return findings
+
+
+def _from_hub(project: Project, source: dict[str, Any], runner: str, found: str) -> Finding:
+    """Whether the Hub gives a pinned source to whom fetches it: the user, or a container, which gets no token."""
+    from prefbuild.sources import hub
+
+    entry = project.lock["sources"].get(node_id(source))
+    problem = fix = ""
+    try:
+        needs_token = entry is not None and hub.ask(source, entry, cache=runner == "local")
+    except LockError as error:
+        problem, _, fix = str(error).removeprefix(f"{title(source)}: ").partition("; ")
+    else:
+        if needs_token and runner != "local":
+            problem = "only a token opens it, and a container gets none"
+            fix = "fetch it where you are logged in, with `--runner local`"
+    return Finding(
+        what="download",
+        state="missing" if problem else "ok",
+        found=f"{found}; {problem}" if problem else found,
+        needed="the Hub",
+        fix=fix,
+    )
 
 
 def _index_problem(package: str, version: str) -> str:
@@ -240,6 +268,28 @@ def _index_problem(package: str, version: str) -> str:
         return (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
     versions = re.findall(r"[^\s,]+", done.stdout.partition("Available versions:")[2])
     return "" if version in versions else f"the index has no version {version}"
+
+
+# ---- promotion
+
+
+def promotion(recipe: Recipe) -> list[Finding]:
+    """Whether the user could write where the recipe promotes to, if that is on the Hub."""
+    from prefbuild.promote.access import CouldNotAsk, write_access
+
+    target = recipe.promote
+    if target is None or target.to != "hub":
+        return []
+    needed = f"write access to {target.repo}"
+    try:
+        problem = write_access(target.repo, target.private)
+    except CouldNotAsk as error:
+        fix = "promote where the Hub can be reached"
+        return [Finding(what="promotion", state="warning", found=f"not known: {error}", needed=needed, fix=fix)]
+    if problem:
+        found, _, fix = problem.partition("; ")
+        return [Finding(what="promotion", state="missing", found=found, needed=needed, fix=fix)]
+    return [Finding(what="promotion", state="ok", found=f"you can write to {target.repo}")]
 
 
 # ---- disk
@@ -498,7 +548,7 @@ def shape_of(project: Project, recipe: Recipe) -> Shape:
     if base.source == "file" and path.suffix == ".gguf" and path.is_file():
         return _shape_of_gguf(path)
     files = {file["path"]: file["size"] for file in _files(project, node)}
-    weights = {name: size for name, size in files.items() if name.endswith((".safetensors", ".gguf"))}
+    weights = {name: size for name, size in files.items() if name.endswith((".safetensors", ".gguf", ".bin"))}
     if not weights:
         return guess_shape(0, "its size is unknown, because the base is not pinned")
     num_bits = min(gguf_bits(name) if name.endswith(".gguf") else 8 * BYTES[base.dtype] for name in weights)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import OTHER, READ, WRITE, Hub
 from project import RECIPE, ROOT, TASK, git, run, write_rows
 
 from prefbuild import doctor as module
@@ -355,6 +356,72 @@ def test_the_engine_and_the_image_are_named(project: Path, cpu_image: str) -> No
         text = run(project, "prefbuild", "doctor", "a", code=1, PREFBUILD_RUNNER="docker")
         assert "no GPU (needs 1 GPU)" in text
         assert "install the NVIDIA Container Toolkit" in text
+
+
+# ---- the Hub
+
+
+def about(project: Path, hub: Hub, what: str, token: str | None = WRITE, **env: str) -> str:
+    """The finding's line, and the fix below."""
+    said = run(project, "prefbuild", "doctor", "a", code=None, **{**hub.env(token), **env})
+    lines = iter(said.splitlines())
+    return next(" ".join([*line.split(), *next(lines).split()]) for line in lines if f"  {what}  " in line)
+
+
+@pytest.fixture
+def from_hub(project: Path, hub: Hub) -> Path:
+    """The project with its base on the Hub, pinned and not fetched."""
+    hub.put("me/tiny", {path.name: path.read_bytes() for path in (project / "models/tiny").iterdir()})
+    edit(project / "recipes/a.yaml", "source: file\n  path: models/tiny", "source: hub\n  repo: me/tiny")
+    run(project, "prefbuild", "lock", **hub.env())
+    return project
+
+
+def test_the_hub_is_asked_for_what_is_not_fetched(from_hub: Path, hub: Hub) -> None:
+    ok = "ok download me/tiny@main: not fetched yet, 0 MB and more to download (needs the Hub)"
+    missing = "missing download me/tiny@main: not fetched yet, 0 MB and more to download; "
+    assert about(from_hub, hub, "download", None).startswith(ok)
+    repo = hub.repos["models/me/tiny"]
+    repo["gated"] = True
+    assert about(from_hub, hub, "download", OTHER).startswith(
+        f"{missing}is gated, and your account has no access (needs the Hub) -> ask for it at {hub.url}/me/tiny"
+    )
+    repo["gated"], repo["private"] = False, True
+    assert about(from_hub, hub, "download", None).startswith(
+        f"{missing}there is no such model, or it is private (needs the Hub) -> correct `repo`, or log in with"
+    )
+    assert about(from_hub, hub, "download").startswith(ok)
+    assert about(from_hub, hub, "download", PREFBUILD_RUNNER="docker", DOCKER_HOST="unix:///none/sock").startswith(
+        f"{missing}only a token opens it, and a container gets none (needs the Hub) -> fetch it where you are logged in"
+    )
+    pinned = repo["branches"]["main"]
+    hub.put("me/tiny", {"new": b"x"})
+    del repo["commits"][pinned]
+    assert about(from_hub, hub, "download").startswith(
+        f"{missing}has the pinned commit {pinned[:8]} no more (needs the Hub) -> `prefbuild lock --update` pins what is"
+    )
+    offline = about(from_hub, hub, "download", HF_HUB_OFFLINE="1")
+    assert offline.startswith(f"{missing}HF_HUB_OFFLINE is set, and the cache (") and "-> unset it for once" in offline
+
+
+def test_what_the_cache_has_is_not_asked_for(from_hub: Path, hub: Hub) -> None:
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('me/tiny')"
+    run(from_hub, sys.executable, "-c", fetch, **hub.env())
+    said = about(from_hub, hub, "download", HF_HUB_OFFLINE="1")
+    assert said.startswith("ok download me/tiny@main: not fetched yet")
+
+
+def test_a_promotion_to_the_hub_needs_write_access(project: Path, hub: Hub) -> None:
+    edit(project / "recipes/a.yaml", "to: directory\n  path: registry", "to: hub\n  repo: me/model")
+    assert about(project, hub, "promotion").startswith("ok promotion you can write to me/model")
+    assert about(project, hub, "promotion", READ) == (
+        "missing promotion your token can only read (needs write access to me/model) -> make one that can write, at "
+        f"{hub.url}/settings/tokens, and log in with it"
+    )
+    assert about(project, hub, "promotion", HF_HUB_OFFLINE="1") == (
+        "warning promotion not known: HF_HUB_OFFLINE is set (needs write access to me/model) -> promote where the Hub "
+        "can be reached"
+    )
 
 
 # ---- text

@@ -84,7 +84,7 @@ def fetch(source: dict[str, Any], locked: dict[str, Any], into: Path, work: Path
         shown = f"{title(source)}/{entry['path']}"
         remedy = f"the Hub, or a cache on the way, gives other bytes than those of commit {commit[:8]}"
         for again in (True, False):
-            with _plainly(source):
+            with _plainly(source, commit):
                 cached = _download(source, entry["path"], commit, cache)
             try:
                 with open(cached, "rb") as stream:
@@ -95,6 +95,26 @@ def fetch(source: dict[str, Any], locked: dict[str, Any], into: Path, work: Path
                 if not again:
                     raise
                 print(f"prefbuild: {error}; fetching it once more", file=sys.stderr)
+
+
+def ask(source: dict[str, Any], locked: dict[str, Any], *, cache: bool) -> bool:
+    """Ask for the locked commit, as fetching would; whether only a token opens it. LockError says what hinders.
+
+    With `cache`, nobody is asked when the client's cache has every file.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repo: Any = {"repo_id": source["repo"], "repo_type": _kind(source)}
+    commit = locked["commit"]
+    paths = [entry["path"] for entry in locked["files"]]
+    if cache and all(isinstance(try_to_load_from_cache(filename=p, revision=commit, **repo), str) for p in paths):
+        return False
+    with _plainly(source, commit):
+        api = HfApi(library_name="prefbuild")
+        info = api.repo_info(**repo, revision=commit)
+        if info.gated:
+            api.auth_check(**repo)
+        return bool(info.private or info.gated)
 
 
 def _kind(source: dict[str, Any]) -> str:
@@ -272,8 +292,8 @@ def _forget(cached: Path) -> None:
 
 
 @contextmanager
-def _plainly(source: dict[str, Any]) -> Iterator[None]:
-    """Make the client's errors LockErrors that say what is the matter and what to do."""
+def _plainly(source: dict[str, Any], pinned: str | None = None) -> Iterator[None]:
+    """Make the client's errors LockErrors that say what is the matter and what to do; `pinned` is a commit asked for."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -284,10 +304,10 @@ def _plainly(source: dict[str, Any]) -> Iterator[None]:
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise LockError(f"{title(source)}: {_explain(source, error)}") from None
+        raise LockError(f"{title(source)}: {_explain(source, error, pinned)}") from None
 
 
-def _explain(source: dict[str, Any], error: Exception) -> str:
+def _explain(source: dict[str, Any], error: Exception, pinned: str | None) -> str:
     import httpx2
     from huggingface_hub import constants, errors, get_token
 
@@ -312,6 +332,8 @@ def _explain(source: dict[str, Any], error: Exception) -> str:
             )
         case errors.RepositoryNotFoundError():
             return f"there is no such {what}, or it is private; correct `repo`, or {login}"
+        case errors.RevisionNotFoundError() if pinned:
+            return f"has the pinned commit {pinned[:8]} no more; `prefbuild lock --update` pins what is there now"
         case errors.RevisionNotFoundError():
             return f"has no branch, tag or commit of that name; it has {_revisions(source)}; correct `revision`"
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():

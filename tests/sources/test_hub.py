@@ -258,6 +258,12 @@ def test_fetching_says_what_hinders_too(hub: Hub, project: Path) -> None:
     assert said.endswith(f"me/rows@main: is gated, and your account has no access; ask for it at {hub.url}/datasets/me/rows")  # fmt: skip
     said = fetch(hub, project, "data", code=4, HF_HUB_OFFLINE="1").splitlines()[-1]
     assert "HF_HUB_OFFLINE is set" in said
+    repo = hub.repos["datasets/me/rows"]
+    repo["gated"], pinned = False, repo["branches"]["main"]
+    hub.put("me/rows", {"train.parquet": b"other"}, kind="dataset")
+    del repo["commits"][pinned]
+    said = fetch(hub, project, "data", code=4).splitlines()[-1]
+    assert said.endswith(f"me/rows@main: has the pinned commit {pinned[:8]} no more; `prefbuild lock --update` pins what is there now")  # fmt: skip
     del hub.repos["datasets/me/rows"]
     assert "there is no such data set, or it is private" in fetch(hub, project, "data", code=4)
 
