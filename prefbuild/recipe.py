@@ -817,6 +817,8 @@ OTHER_KEYS = {
     "gates.name": "gates.metric",
     "evaluate.tasks.name": "evaluate.tasks.task",
     "baseline": "gates.against",
+    "subset": "data.sources.config",
+    "config_name": "data.sources.config",
     "publish": "promote",
     "registry": "promote",
     "notes": "description",

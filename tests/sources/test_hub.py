@@ -78,6 +78,7 @@ def test_lock_pins_the_commit_and_every_needed_file(hub: Hub, project: Path) -> 
     wanted = ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json")
     assert digests == {path: tree[path] for path in wanted}
     assert [file["path"] for file in found["me/rows@main"]["files"]] == ["train.jsonl"]
+    assert found["me/rows@main"]["reference"] == {"source": "hub", "repo": "me/rows", "revision": "main"}
     assert not hub.requests("GET", "/storage/")  # large files are pinned by the digest that the Hub lists
     assert "nothing changed" in prefbuild(hub, project, "lock", HF_HUB_OFFLINE="1")
     said = run(project, "prefbuild", "doctor", "first", code=None, **hub.env())
@@ -369,6 +370,12 @@ def test_an_allowed_pickle_that_runs_code_is_refused_and_not_run(hub: Hub, proje
 def test_an_allowance_without_digest_is_refused(project: Path, written: str, said: str) -> None:
     recipe(project, base=f"  allow_pickle: {written}\n")
     assert said in run(project, "prefbuild", "check", code=3)
+
+
+def test_other_names_of_a_configuration_are_known(project: Path) -> None:
+    recipe(project, data="      subset: en\n")
+    said = run(project, "prefbuild", "check", code=3)
+    assert "data.sources[0].subset: unknown key; did you mean config?" in said
 
 
 def test_sharded_pickles_become_sharded_safetensors(hub: Hub, project: Path, tiny_model: Path) -> None:

@@ -317,3 +317,49 @@ def test_the_tokenizers_own_end_is_kept_beside_that_of_a_turn(checkpoint: Path, 
     edit_json(checkpoint / "tokenizer_config.json", eos_token="<|endoftext|>")
     found = json.loads((make(checkpoint, tmp_path) / "generation_config.json").read_text())
     assert found["eos_token_id"] == [0, 2]
+
+
+# ---- pickled weights: tests/sources/test_hub.py has them from lock to artifact
+
+
+class Scripted(torch.nn.Module):
+    """Nothing but what TorchScript keeps as code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"garbage" * 100, "can't be read as tensors (UnpicklingError), so nothing of it was run; "),
+        (b"", "can't be read as tensors (EOFError), so nothing of it was run; "),
+        ([torch.zeros(2)], "holds more than named tensors; "),
+        ({"state_dict": {"a": torch.zeros(2)}}, "holds more than named tensors; "),
+        ({"a": torch.zeros(2).to_sparse()}, "holds more than named tensors; "),
+        ({"a": torch.zeros(2), "path": Path("x")}, "asks for pathlib"),
+        (Scripted(), "can't be read as tensors (RuntimeError), so nothing of it was run; "),
+    ],
+)
+def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, content: Any, said: str) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, torch.nn.Module):
+        torch.jit.save(torch.jit.script(content), path)
+    else:
+        torch.save(content, path)
+    with pytest.raises(StageError) as error:
+        model._read_pickle(path, tmp_path / "model.safetensors", "me/tiny@main/pytorch_model.bin")
+    assert str(error.value).startswith(f"me/tiny@main/pytorch_model.bin: {said}")
+    assert str(error.value).endswith("choose a repository with safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_pickle_pinned_with_another_digest_than_allowed_is_not_read(checkpoint: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    files = [{"path": "pytorch_model.bin", "size": 1, "sha256": "1" * 64}]
+    model._read_pickles(checkpoint, {"pytorch_model.bin": f"sha256:{'0' * 64}"}, files, "me/tiny@main")
+    with pytest.raises(StageError, match="pytorch_model.bin is a pickle, which can run code when loaded"):
+        model._copy_checkpoint(checkpoint, checkpoint / "out", "bfloat16", "me/tiny@main")
