@@ -173,6 +173,7 @@ def _section(stage: str, inputs: dict[str, Any], outputs: dict[str, str], **sett
 def _fetch_section(stage: str, node: str, source: dict[str, Any], pin: Any) -> Section:
     inputs = {"source": source["path"]} if source["source"] == "file" else {}
     outputs = {stage: f"build/{SHARED_STAGES[stage]}/{node}"}
+    source = {key: value for key, value in source.items() if key != "name"}  # each recipe's own word for the same files
     entry = pin(locks.locked, node) or {}
     pins = {key: entry[key] for key in ("files", "wheel", "commit") if key in entry}
     return _section(stage, inputs, outputs, source=source, **pins)
@@ -288,7 +289,12 @@ def _recipe_sections(
     if recipe.promote is not None:
         sections["promote"] = _section(
             "promote",
-            inputs={**judged, "gate": f"{out}/gate.json", "lengths": f"{out}/lengths.csv"},
+            inputs={
+                **judged,
+                "gate": f"{out}/gate.json",
+                "lengths": f"{out}/lengths.csv",
+                "plots": f"{out}/live/plots/metrics",
+            },
             outputs={},
             promote=recipe.promote.model_dump(mode="json"),
             description=recipe.description,

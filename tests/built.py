@@ -41,6 +41,8 @@ CURVES: dict[str, Callable[[int], float]] = {
     "rewards/chosen": lambda step: step / 8,
     "rewards/rejected": lambda step: -step / 8,
 }
+# What stages leave beside their metrics.
+MORE_OUTS = {"prepare": ("build/x/lengths.csv",), "train": ("build/x/live/plots/metrics",)}
 RECIPE: dict[str, Any] = {
     "description": "Answers in one word.",
     "base": {"source": "file", "path": "models/tiny", "name": "org/tiny"},
@@ -187,11 +189,19 @@ def lock(root: Path) -> None:
     stages = {}
     for stage in RECIPE_STAGES:
         params = {"build/.resolved/x.json": {stage: sections[stage]}}
-        stages[stage] = {"cmd": "c", "params": params, "outs": [out(root, f"build/x/{stage}.json")]}
+        paths = [f"build/x/{stage}.json", *MORE_OUTS.get(stage, ())]
+        stages[stage] = {"cmd": "c", "params": params, "outs": [out(root, path) for path in paths]}
     write_json(root / "pipelines/x/dvc.lock", {"schema": "2.0", "stages": stages})
 
 
 def out(root: Path, path: str) -> dict[str, Any]:
+    if (root / path).is_dir():
+        from dvc_data.hashfile.build import build
+        from dvc_data.hashfile.db import HashFileDB
+        from dvc_objects.fs import localfs
+
+        odb = HashFileDB(localfs, str(root / ".dvc/cache"))
+        return {"path": path, "hash": "md5", "md5": build(odb, str(root / path), localfs, "md5", dry_run=True)[2].hash_info.value}  # fmt: skip
     data = (root / path).read_bytes()
     return {"path": path, "hash": "md5", "md5": hashlib.md5(data).hexdigest(), "size": len(data)}
 

@@ -22,6 +22,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -111,7 +112,7 @@ class Hub:
         state = folder / "hub.json"
         self.repos: dict[str, dict[str, Any]] = json.loads(state.read_text()) if state.exists() else {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server = Server(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.storage = f"http://localhost:{self.server.server_port}/storage"
         self.xet_url = f"local://{folder.resolve()}/xet"
@@ -295,11 +296,20 @@ class Hub:
         return user["role"] == "write" or any("repo.write" in scope["permissions"] for scope in scopes)
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that went away, as killed ones do."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Handler(BaseHTTPRequestHandler):
     """Reads a request, lets the faults act, and routes it."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer with a body waits 40 ms for the client's acknowledgement
 
     def do_GET(self) -> None:
         hub, self.body = self.hub, self._read_body()

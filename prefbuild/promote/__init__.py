@@ -32,6 +32,8 @@ def promote(
     changed) and `recorded`. Raises PromotionRefused naming what is in the way.
     """
     resolved = read_resolved(root, name)
+    if resolved["promote"]["settings"]["promote"]["to"] == "hub":
+        _check_paths(root, name)
     section = resolved["promote"]
     target = section["settings"]["promote"]
     gate = verified_gate(root, name, resolved)
@@ -52,7 +54,14 @@ def promote(
         if keys is None:
             print("prefbuild: publishing unsigned: there is no key; `prefbuild keygen` makes one", file=sys.stderr)
         facts = provenance.gather(
-            root, name, version=version, build=build, resolved=resolved, gate=gate, source=source, key=keys and keys.id
+            root,
+            name,
+            version=version,
+            build=build,
+            resolved=resolved,
+            gate=gate,
+            source=source,
+            key=keys.id if keys else None,
         )
         copies = {"copy": link_or_copy} if target["to"] == "hub" else {}
         return write_version(root, folder, resolved=resolved, gate=gate, facts=facts, keys=keys, **copies)
@@ -82,11 +91,11 @@ def rollback(
         def check(commit: str) -> None:
             verify(f"{target['repo']}@{commit}", root=root, key=key, quick=True)
 
+        recorded = record.versions(root, name, target["repo"])
         with directory.locked(root / "build/.work"):
-            facts, _ = hub.roll_back(target, name, to, check=check, replace=replace)
+            facts = hub.roll_back(target, name, to, check=check, recorded=recorded, replace=replace)
     else:
-        taken = record.versions(root, name, target["path"])
-        facts, _ = directory.roll_back(root / target["path"], name, to, taken)
+        facts = directory.roll_back(root / target["path"], name, to, record.versions(root, name, target["path"]))
     return _record(root, target, facts)
 
 
@@ -98,6 +107,19 @@ def _target(root: Path, name: str) -> dict[str, Any]:
     if where is None:
         raise PromotionRefused(f"recipes/{name}.yaml: has no `promote:`, which says where to publish")
     return where.model_dump(mode="json")
+
+
+def _check_paths(root: Path, name: str) -> None:
+    """The recipe is published with the model, so it must not name folders of this machine, and with them its people."""
+    recipe = load_recipes(root)[name]
+    paths = [getattr(source, "path", "") for source in (recipe.base, *recipe.data.sources)]
+    paths += [path for task in recipe.evaluate.tasks for path in (task.task, *(task.data or {}).values())]
+    private = [path for path in paths if path.startswith("/")]
+    if private:
+        raise PromotionRefused(
+            f"recipes/{name}.yaml: is published with the model, and names {private[0]}, a place on this machine; put it "
+            "below the project, and write its path from there"
+        )
 
 
 def _record(root: Path, target: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

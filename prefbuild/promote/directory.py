@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,20 @@ def publish(
         return _record(registry, name, found), already
 
 
-def roll_back(registry: Path, name: str, to: str | None, taken: Iterable[str]) -> tuple[dict[str, Any], str]:
-    """Make an earlier version current again, as a copy with the next number; returns the record and the earlier version."""
+def roll_back(registry: Path, name: str, to: str | None, recorded: list[str]) -> dict[str, Any]:
+    """Make an earlier version current again, as a copy with the next number; returns what the record keeps.
+
+    `recorded` are the versions in the record, so that a rollback that was interrupted is finished first.
+    """
     with locked(registry):
         there = _versions(registry, name)
         if not there:
             raise PromotionRefused(f"{registry / name}: holds no version")
-        origin = str(_facts(registry, name, there[-1])["version"])  # of a rollback, the version it went back to
+        last = _record(registry, name, there[-1])
+        if "same_as" in last and there[-1] not in recorded and to in (None, last["same_as"]):
+            _check(registry, name, there[-1])
+            return last
+        origin = str(last.get("same_as", there[-1]))
         if to is not None and to not in there:
             raise PromotionRefused(f"{registry / name}: has no version {to}; it has {', '.join(there)}")
         before = [one for one in there if int(one[1:]) < int(origin[1:])]
@@ -70,14 +78,13 @@ def roll_back(registry: Path, name: str, to: str | None, taken: Iterable[str]) -
             raise PromotionRefused(f"{registry / name}: {there[-1]} is {origin}, and no version was promoted before it")
         source = to or before[-1]
         _check(registry, name, source)
-        back = str(_facts(registry, name, source)["version"])
-        if back == origin:
-            raise PromotionRefused(f"{registry / name}: {there[-1]} holds the files of {back} already")
-        number = _next(registry, name, taken)
+        if _facts(registry, name, source)["version"] == origin:
+            raise PromotionRefused(f"{registry / name}: {there[-1]} holds the files of {origin} already")
+        number = _next(registry, name, recorded)
         copy = registry / name / source
         _put(registry, name, number, lambda folder: shutil.copytree(copy, folder, dirs_exist_ok=True))
         _check(registry, name, number)
-        return {**_record(registry, name, number), "same_as": back}, back
+        return _record(registry, name, number)
 
 
 def _put(registry: Path, name: str, number: str, write: Callable[[Path], Any]) -> None:
@@ -86,13 +93,13 @@ def _put(registry: Path, name: str, number: str, write: Callable[[Path], Any]) -
         shutil.rmtree(stale)
     temporary = Path(tempfile.mkdtemp(dir=registry / name, prefix=".tmp-"))
     try:
-        temporary.chmod(0o755)
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(registry / name / number)
-    except BaseException:
+        folder = temporary / f"{name}-{number}"  # an OpenSSF signature holds the folder's name
+        folder.mkdir()
+        write(folder)
+        _sync(folder)
+        folder.replace(registry / name / number)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     _sync_folder(registry / name)
 
 
@@ -105,7 +112,12 @@ def _check(registry: Path, name: str, number: str) -> Files:
 
 
 def _record(registry: Path, name: str, number: str) -> dict[str, Any]:
-    return {**_facts(registry, name, number), "version": number, "place": str(registry)}
+    """What the record keeps; a version whose statement names another one went back to that one."""
+    facts = {**_facts(registry, name, number), "place": str(registry)}
+    if facts["version"] == number:
+        return facts
+    made = datetime.fromtimestamp((registry / name / number).stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return {**facts, "version": number, "same_as": facts["version"], "time": made}
 
 
 def _facts(registry: Path, name: str, number: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _check_recorded(root: Path, name: str, resolved: dict[str, Any]) -> None:
     lock = f"pipelines/{name}/dvc.lock"
     stages = _read_lock(root, lock)
     recorded = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
-    for path in [inputs["gate"], *(inputs[stage] for stage in METRICS)]:
+    for path in [inputs["gate"], *(inputs[stage] for stage in METRICS), inputs["lengths"], inputs["plots"]]:
         _check_md5(root, path, recorded.get(path), lock)
     file = resolved_path("promote", name)
     for stage in RECIPE_STAGES:
@@ -106,13 +106,23 @@ def _check_recorded(root: Path, name: str, resolved: dict[str, Any]) -> None:
 def _check_md5(root: Path, path: str, recorded: str | None, lock: str) -> None:
     if recorded is None:
         raise PromotionRefused(f"{path}: {lock} does not record it, so nothing shows it was built; run `dvc repro`")
-    try:
-        with open(root / path, "rb") as data:
-            found = hashlib.file_digest(data, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    except FileNotFoundError:
-        raise PromotionRefused(f"{path}: is missing; run `dvc repro`") from None
+    if not (root / path).exists():
+        raise PromotionRefused(f"{path}: is missing; run `dvc repro`")
+    found = _md5_of_folder(root / path) if (root / path).is_dir() else _md5(root / path)
     if found != recorded:
         raise PromotionRefused(f"{path}: md5 is {found}, {lock} records {recorded}; run `dvc repro`")
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _md5_of_folder(folder: Path) -> str:
+    """As DVC names a folder: by the md5 of the JSON list of its files."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    listed = [{"md5": _md5(path), "relpath": name} for name, path in sorted(files.items())]
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
 def _read_lock(root: Path, lock: str) -> dict[str, Any]:

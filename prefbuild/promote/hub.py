@@ -10,15 +10,17 @@ covered: owners who rewrite history or move tags afterwards: `prefbuild verify` 
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 from prefbuild.errors import PromotionRefused
 from prefbuild.promote import version
+from prefbuild.promote.access import CouldNotAsk, write_access
 from prefbuild.promote.version import Files
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Promotion:
     commit: str
     version: str
     build: str
+    time: str  # ISO, UTC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,10 @@ def publish(
     with plainly(repo):
         api = client()
         state = look(api, repo)
-        _check_visibility(repo, target, state)
         found = state.find(build)
         already = found is not None and state.tags.get(found.version) == found.commit
         if found is None:
+            _check_access(target, state)
             if not state.exists:
                 print(f"prefbuild: making the {'private' if target['private'] else 'public'} repository {repo}", file=sys.stderr)  # fmt: skip
                 api.create_repo(repo, private=target["private"], exist_ok=True)
@@ -86,71 +89,77 @@ def publish(
             if not replace:
                 _check_foreign(api, repo, name, state, head)
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
             try:
                 number = state.next_version()
-                files = write(work, number)
-                adds = [path for path in _adapter_first(files) if version.differences({path: files[path]}, {path: head[path]} if path in head else {})]  # fmt: skip
+                folder = work / f"{name}-{number}"  # an OpenSSF signature holds the folder's name
+                folder.mkdir(parents=True)
+                files = write(folder, number)
+                adds = [
+                    path for path in _adapter_first(files) if version.differences(_only(files, path), _only(head, path))
+                ]
                 found, already = _commit(
                     api, repo, state, build, number, title=f"{name} {number}",
-                    operations=[*_adds(work, adds, files), *_deletes(head, files)],
+                    operations=[*_adds(folder, adds, files), *_deletes(head, files)],
                 )  # fmt: skip
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+        elif already and state.promotions[0].build != build:
+            print(
+                f"prefbuild: {repo}: {state.promotions[0].version} is current since then; "
+                f"`prefbuild rollback {name} --to {found.version}` brings this build back",
+                file=sys.stderr,
+            )
         facts = _read_back(api, repo, found, target, gate)
         _tag(api, repo, found)
     return facts, already
 
 
 def roll_back(
-    target: dict[str, Any], name: str, to: str | None, *, check: Callable[[str], Any], replace: bool
-) -> tuple[dict[str, Any], str]:
-    """Make an earlier version's files current by a new commit and tag; returns what the record keeps, and the earlier version.
+    target: dict[str, Any],
+    name: str,
+    to: str | None,
+    *,
+    check: Callable[[str], Any],
+    recorded: list[str],
+    replace: bool,
+) -> dict[str, Any]:
+    """Make an earlier version's files current by a new commit and tag; returns what the record keeps.
 
-    `check(commit)` raises when that commit is not to be trusted. PromotionRefused when there is no earlier version, or it
-    is not what was published.
+    `check(commit)` raises when that commit is not to be trusted; `recorded` are the versions in the record, so that a
+    rollback that was interrupted is finished first. PromotionRefused when there is no earlier version, or it is not what
+    was published.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationCopy
-
     repo = target["repo"]
     with plainly(repo):
         api = client()
         state = look(api, repo)
         if not state.promotions:
             raise PromotionRefused(f"{repo}: holds no promotion of prefbuild")
+        last = state.promotions[0]
+        facts = _read_back(api, repo, last)
+        if last.commit == state.head and "same_as" in facts and last.version not in recorded and to in (None, facts["same_as"]):  # fmt: skip
+            _tag(api, repo, last)
+            return facts
         head = list_files(api, repo, str(state.head))
-        unfinished = state.promotions[0]
-        if unfinished.commit == state.head and unfinished.version not in state.tags:
-            facts = _read_back(api, repo, unfinished, None, None)
-            if facts["version"] != unfinished.version:  # a rollback whose tag is missing
-                _tag(api, repo, unfinished)
-                return {**_facts_of(repo, unfinished, facts), "same_as": facts["version"]}, facts["version"]
         if not replace:
             _check_foreign(api, repo, name, state, head)
-        back = _earlier(api, repo, state, to)
+        back = _earlier(repo, state, to, facts.get("same_as", last.version))
         check(back.commit)
-        facts = _read_back(api, repo, back, None, None)
-        if facts["name"] != name:
-            raise PromotionRefused(f"{repo}: {back.version} is a version of {facts['name']}, not of {name}")
-        wanted = list_files(api, repo, back.commit)
-        operations: list[Any] = []
-        for path, entry in wanted.items():
-            if path == version.OF_THE_HUB or (path in head and not version.differences({path: entry}, {path: head[path]})):
-                continue
-            if "sha256" in entry:
-                operations.append(CommitOperationCopy(path, path, src_revision=back.commit))
-            else:
-                operations.append(CommitOperationAdd(path, read_file(api, repo, back.commit, path, entry)))
-        operations += _deletes(head, wanted)
+        there = _read_back(api, repo, back)
+        if there["name"] != name:
+            raise PromotionRefused(f"{repo}: {back.version} is a version of {there['name']}, not of {name}")
+        origin = there.get("same_as", back.version)
+        operations = _restore(api, repo, back.commit, head)
         if not operations:
-            raise PromotionRefused(f"{repo}: main holds the files of {back.version} already, so nothing is rolled back")
+            raise PromotionRefused(
+                f"{repo}: main holds the files of {origin} already, so there is nothing to roll back"
+            )
         number = state.next_version()
-        made, _ = _commit(
-            api, repo, state, back.build, number, title=f"{name} {number}: back to {facts['version']}", operations=operations
-        )
-        _read_back(api, repo, made, None, None)
+        title = f"{name} {number}: back to {origin}"
+        made, _ = _commit(api, repo, state, back.build, number, title=title, operations=operations)
+        facts = _read_back(api, repo, made)
         _tag(api, repo, made)
-    return {**_facts_of(repo, made, facts), "same_as": facts["version"]}, facts["version"]
+    return facts
 
 
 def look(api: "HfApi", repo: str, *, at: str | None = None) -> State:
@@ -168,7 +177,10 @@ def look(api: "HfApi", repo: str, *, at: str | None = None) -> State:
         lines = (commit.message or "").splitlines()
         values = {key: line.removeprefix(key) for line in lines for key in (BUILD_LINE, VERSION_LINE) if line.startswith(key)}  # fmt: skip
         if len(values) == 2 and VERSION.fullmatch(values[VERSION_LINE]):
-            promotions.append(Promotion(commit=commit.commit_id, version=values[VERSION_LINE], build=values[BUILD_LINE]))  # fmt: skip
+            time = commit.created_at.astimezone(UTC).isoformat(timespec="seconds")
+            promotions.append(
+                Promotion(commit=commit.commit_id, version=values[VERSION_LINE], build=values[BUILD_LINE], time=time)
+            )
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     return State(exists=True, private=bool(info.private), head=head, tags=tags, promotions=promotions)
 
@@ -209,9 +221,7 @@ def forget(cached: Path) -> None:
     blob.unlink(missing_ok=True)
 
 
-def read_statement(
-    api: "HfApi", repo: str, commit: str, files: Files
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def read_statement(api: "HfApi", repo: str, commit: str, files: Files) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The statement of a version and its facts; None where there is none."""
     entry = files.get(version.STATEMENT)
     if entry is None:
@@ -233,12 +243,14 @@ def client() -> "HfApi":
     return HfApi(library_name="prefbuild")
 
 
-def _check_visibility(repo: str, target: dict[str, Any], state: State) -> None:
-    if state.exists and target["private"] and not state.private:
-        raise PromotionRefused(
-            f"{repo}: everybody can see it, and the recipe says promote.private: true; make it private in its settings "
-            "on the Hub, or write private: false"
-        )
+def _check_access(target: dict[str, Any], state: State) -> None:
+    repo = target["repo"]
+    try:
+        problem = write_access(repo, target["private"])
+    except CouldNotAsk as error:
+        raise PromotionRefused(f"{repo}: {error}; try again when it answers") from None
+    if problem is not None:
+        raise PromotionRefused(f"{repo}: {problem}")
     if state.exists and state.private and not target["private"]:
         print(f"prefbuild: {repo} is private and stays so; its settings on the Hub make it public", file=sys.stderr)
 
@@ -284,6 +296,26 @@ def _deletes(head: Files, wanted: Files) -> list[Any]:
     return [CommitOperationDelete(path, is_folder=False) for path in gone]
 
 
+def _restore(api: "HfApi", repo: str, commit: str, head: Files) -> list[Any]:
+    """Operations that make main what it was at a commit. Large files are named, not sent again."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy
+
+    wanted = list_files(api, repo, commit)
+    operations: list[Any] = []
+    for path, entry in wanted.items():
+        if path == version.OF_THE_HUB or not version.differences({path: entry}, _only(head, path)):
+            continue
+        if "sha256" in entry:
+            operations.append(CommitOperationCopy(path, path, src_revision=commit))
+        else:
+            operations.append(CommitOperationAdd(path, read_file(api, repo, commit, path, entry)))
+    return operations + _deletes(head, wanted)
+
+
+def _only(files: Files, path: str) -> Files:
+    return {path: files[path]} if path in files else {}
+
+
 def _commit(
     api: "HfApi", repo: str, state: State, build: str, number: str, *, title: str, operations: list[Any]
 ) -> tuple[Promotion, bool]:
@@ -296,7 +328,8 @@ def _commit(
         info = api.create_commit(
             repo, operations, commit_message=title, commit_description=description, parent_commit=state.head
         )
-        return Promotion(commit=info.oid, version=number, build=build), False
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return Promotion(commit=info.oid, version=number, build=build, time=time), False
     except Exception as error:
         now = _look_again(api, repo, error)
         known = {one.commit for one in state.promotions}
@@ -321,19 +354,25 @@ def _look_again(api: "HfApi", repo: str, error: Exception) -> State:
         try:
             return look(api, repo)
         except Exception as failed:
-            if not left:
+            if not left or _is_final(failed):
                 raise PromotionRefused(
                     f"{repo}: {_explain(repo, error)}. Whether the commit landed could not be asked ({_explain(repo, failed)}); "
                     "promote again: it finds out, and publishes nothing twice"
                 ) from None
-            time.sleep(2.0 ** (TRIES - left - 2))
+            sleep(2.0 ** (TRIES - left - 2))
     raise AssertionError
 
 
+def _is_final(error: Exception) -> bool:
+    """Whether asking again can't help: the Hub understood, and refused."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return 400 <= status < 500 and status not in (408, 409, 429)
+
+
 def _read_back(
-    api: "HfApi", repo: str, found: Promotion, target: dict[str, Any] | None, gate: dict[str, Any] | None
+    api: "HfApi", repo: str, found: Promotion, target: dict[str, Any] | None = None, gate: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A commit's files have the digests of its statement, and the roles those that the gate judged; returns its facts."""
+    """A commit's files have the digests of its statement, and the roles those that a gate judged; returns its facts."""
     files = list_files(api, repo, found.commit)
     shown = f"{repo} at commit {found.commit[:8]}"
     read = read_statement(api, repo, found.commit, files)
@@ -348,12 +387,15 @@ def _read_back(
         known = {path: {"size": entry["size"], **listed.get(path, {})} for path, entry in files.items()}
         known = {path: entry for path, entry in known.items() if "sha256" in entry}
         version.check_roles(known, target, gate, shown)
-        return _facts_of(repo, found, facts)
-    return facts
+    return _facts_of(repo, found, facts)
 
 
 def _facts_of(repo: str, found: Promotion, facts: dict[str, Any]) -> dict[str, Any]:
-    return {**facts, "version": found.version, "place": repo, "commit": found.commit}
+    """What the record keeps; a commit whose statement names another version went back to that one."""
+    facts = {**facts, "place": repo, "commit": found.commit}
+    if facts["version"] == found.version:
+        return facts
+    return {**facts, "version": found.version, "same_as": facts["version"], "time": found.time}
 
 
 def _tag(api: "HfApi", repo: str, found: Promotion) -> None:
@@ -374,16 +416,16 @@ def _tag(api: "HfApi", repo: str, found: Promotion) -> None:
             raise
         except Exception as failed:
             error = failed
-            if not left:
+            if not left or _is_final(failed):
                 break
-            time.sleep(2.0 ** (TRIES - left - 2))
+            sleep(2.0 ** (TRIES - left - 2))
     raise PromotionRefused(
         f"{repo}: commit {found.commit[:8]} is on main, and could not be tagged {found.version} "
         f"({_explain(repo, error) if error else 'the tag does not show'}); promote again: it only sets the tag"
     )
 
 
-def _earlier(api: "HfApi", repo: str, state: State, to: str | None) -> Promotion:
+def _earlier(repo: str, state: State, to: str | None, current: str) -> Promotion:
     """The version to go back to: the one asked for, or the one before the one whose files are current."""
     tagged = [one for one in state.promotions if state.tags.get(one.version) == one.commit]
     if to is not None:
@@ -392,13 +434,9 @@ def _earlier(api: "HfApi", repo: str, state: State, to: str | None) -> Promotion
             have = ", ".join(one.version for one in reversed(tagged)) or "none"
             raise PromotionRefused(f"{repo}: has no version {to}; it has {have}")
         return found
-    current = next((one for one in state.promotions if one.commit == state.head), state.promotions[0])
-    files = list_files(api, repo, current.commit)
-    read = read_statement(api, repo, current.commit, files)
-    origin = str(read[1]["version"]) if read else current.version  # of a rollback, the version it went back to
-    before = [one for one in tagged if int(one.version[1:]) < int(origin[1:])]
+    before = [one for one in tagged if int(one.version[1:]) < int(current[1:])]
     if not before:
-        raise PromotionRefused(f"{repo}: main holds {origin}, and no version was promoted before it")
+        raise PromotionRefused(f"{repo}: main holds {current}, and no version was promoted before it")
     return max(before, key=lambda one: int(one.version[1:]))
 
 
@@ -414,7 +452,9 @@ def plainly(repo: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PromotionRefused(f"{repo}: {_explain(repo, error)}; then promote again: nothing is published twice") from None
+        raise PromotionRefused(
+            f"{repo}: {_explain(repo, error)}; then promote again: nothing is published twice"
+        ) from None
 
 
 def _explain(repo: str, error: Exception) -> str:

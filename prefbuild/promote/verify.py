@@ -112,7 +112,9 @@ def _check_trust(
         lines.append(f"its statement is signed by key {str(signer)[:16]} ({keys})")
     if not lines:
         if signer is None:
-            raise PromotionRefused(f"{seen.shown}: is not signed, and no {record.RECORD} here has it: anybody can have made it")
+            raise PromotionRefused(
+                f"{seen.shown}: is not signed, and no {record.RECORD} here has it: anybody can have made it"
+            )
         raise PromotionRefused(
             f"{seen.shown}: is signed by key {signer[:16]}, which is not here to check it with; give the folder of its "
             "public halves: --key FOLDER"
@@ -184,8 +186,9 @@ def _downloaded(api: "HfApi", repo: str, commit: str, shown: str, quick: bool) -
             if wrong:  # what came is not what the Hub lists: the transfer, or the cache, damaged it
                 for path in {line.split(":")[0] for line in wrong} & set(listed):
                     hub.forget(Path(api.hf_hub_download(repo, path, revision=commit)))
-                raise PromotionRefused(f"{shown}: damaged on the way, or in the cache; try again:\n  " + "\n  ".join(wrong))
+                raise PromotionRefused(
+                    f"{shown}: damaged on the way, or in the cache; try again:\n  " + "\n  ".join(wrong)
+                )
             yield _Seen(shown=shown, files=seen.files, small=seen.small, folder=folder, commit=commit)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-

@@ -24,8 +24,8 @@ from prefbuild.gates import METRICS, titles
 from prefbuild.promote import signing
 from prefbuild.promote.bom import bom
 from prefbuild.promote.card import render_card, stated_license
-from prefbuild.promote.plots import write_plots
 from prefbuild.promote.gated import judged_bytes
+from prefbuild.promote.plots import write_plots
 from prefbuild.promote.provenance import facts_of, statement
 from prefbuild.promote.publishable import check_publishable
 

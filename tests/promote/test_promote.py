@@ -20,7 +20,7 @@ from prefbuild.promote import promote, signing, version
 from prefbuild.promote.provenance import facts_of
 from prefbuild.promote.publishable import check_publishable, find_secret
 from tests import built
-from tests.built import BASE, BASELINE, FILES, KEYS, edit, edit_lines, git, lock, seal, write
+from tests.built import BASELINE, FILES, KEYS, edit, edit_lines, git, lock, seal, write
 
 CONCISE = KEYS["concise"]
 REPOSITORY = Path(prefbuild.__file__).parent.parent
@@ -148,7 +148,7 @@ def test_a_removed_versions_number_is_not_given_again(root):
 
 def test_versions_count_beyond_nine(root):
     for number in (1, 2, 10):
-        edit(root / "build/x/train.json", lambda metrics: metrics.update(loss=0.4 + number / 100))
+        edit(root / "build/x/train.json", lambda metrics, loss=0.4 + number / 100: metrics.update(loss=loss))
         rejudge(root)
         promote(root, "x")
     os.rename(root / "registry/x/v3", root / "registry/x/v10")
@@ -157,7 +157,9 @@ def test_versions_count_beyond_nine(root):
     assert promote(root, "x")["version"] == "v11"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "README.md", "prefbuild/gate.json", "adapter/adapter_config.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "README.md", "prefbuild/gate.json", "adapter/adapter_config.json"]
+)
 def test_a_published_file_that_changed_since_is_named(root, file):
     promote(root, "x")
     flip(root / "registry/x/v1" / file)
@@ -242,7 +244,9 @@ def test_the_list_of_files_is_whole(root):
     shared = {"build/x/lengths.csv", "build/.resolved/report.json"}
     found = {path.relative_to(root).as_posix() for path in (root / "build").rglob("*") if path.is_file()}
     drawn = "build/x/live/"  # pictures alone are made of it
-    found = {path for path in found if not path.startswith(("build/.resolved/baselines", "build/.resolved/data", drawn))}
+    found = {
+        path for path in found if not path.startswith(("build/.resolved/baselines", "build/.resolved/data", drawn))
+    }
     assert found - shared - {"build/.resolved/y.json"} == set(FILES)
 
 
@@ -278,8 +282,11 @@ def test_a_link_in_place_of_a_file_is_refused_and_named(root):
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("build/x/merged/model.safetensors", r"registry/x/\.tmp-\w+: its merged is sha256:\w+, the gate judged "),
-        ("build/x/adapter/adapter_model.safetensors", r"registry/x/\.tmp-\w+: its adapter is sha256:\w+, the gate "),
+        ("build/x/merged/model.safetensors", r"registry/x/\.tmp-\w+/x-v1: its merged is sha256:\w+, the gate judged "),
+        (
+            "build/x/adapter/adapter_model.safetensors",
+            r"registry/x/\.tmp-\w+/x-v1: its adapter is sha256:\w+, the gate ",
+        ),
         ("build/x/train.json", r"build/x/train\.json: changed while it was being promoted"),
     ],
 )
@@ -407,6 +414,14 @@ def test_a_recipe_resolved_but_not_built_is_refused(root):
     git(root, "commit", "-qam", "another beta")
     assert (
         refused(root) == "build/.resolved/x.json: train is not what pipelines/x/dvc.lock says was run; run `dvc repro`"
+    )
+
+
+@pytest.mark.parametrize("drawn", ["build/x/lengths.csv", "build/x/live/plots/metrics/train/loss.tsv"])
+def test_numbers_that_are_only_drawn_must_be_those_of_the_run(root, drawn):
+    flip(root / drawn)
+    assert re.fullmatch(
+        rf"{drawn.removesuffix('/train/loss.tsv')}: md5 is .*, pipelines/x/dvc.lock records .*", refused(root)
     )
 
 
