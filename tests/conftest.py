@@ -15,7 +15,7 @@ from prefbuild.artifact import verify_artifact, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.resolve import STAGE_VERSIONS
 
-pytest_plugins = ["built", "engine"]
+pytest_plugins = ["built", "engine", "onhub"]
 
 SMOLLM2 = {
     "source": "wheel",

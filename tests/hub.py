@@ -38,7 +38,7 @@ WRITE, READ, OTHER = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "o" * 34
 LFS_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".parquet", ".zip", ".npz", ".png", ".model")
 LFS_FROM = 10_000_000  # bytes: larger files are LFS whatever their name
 SHA = re.compile(r"[0-9a-f]{40}")
-FAULTS = ("drop-before", "drop-after", "status", "status-after", "slow", "truncate", "flip", "revoke")
+FAULTS = ("drop-before", "drop-after", "status", "status-after", "slow", "gather", "truncate", "flip", "revoke")
 
 
 @dataclass
@@ -319,6 +319,10 @@ class Handler(BaseHTTPRequestHandler):
         match fault and fault.do:
             case "slow":
                 time.sleep(fault.seconds)
+            case "gather":  # go on when all have come
+                deadline = time.monotonic() + fault.seconds
+                while fault.seen < fault.skip + fault.times and time.monotonic() < deadline:
+                    time.sleep(0.01)
             case "revoke" if self.token:
                 hub.revoked.add(self.token)
         if fault and fault.do == "drop-before":

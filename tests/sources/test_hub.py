@@ -69,13 +69,13 @@ def test_lock_pins_the_commit_and_every_needed_file(hub: Hub, project: Path) -> 
     base = put_checkpoint(hub)
     data = hub.put("me/rows", {"train.jsonl": ROWS, "README.md": b"#"}, kind="dataset")
     said = prefbuild(hub, project, "lock", token=READ)
-    assert f"pinned me/tiny@main at {base[:8]} (4 files, 7012 bytes)\n" in said
+    assert f"pinned me/tiny@main at {base[:8]} (5 files, 7016 bytes)\n" in said
     assert f"pinned me/rows@main at {data[:8]} (1 file, {len(ROWS)} bytes)\n" in said
     found = entries(project)
     assert found["me/tiny@main"]["commit"] == base
     digests = {file["path"]: file["sha256"] for file in found["me/tiny@main"]["files"]}
     tree = hub.tree("me/tiny")
-    wanted = ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json")
+    wanted = ("README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json")
     assert digests == {path: tree[path] for path in wanted}
     assert [file["path"] for file in found["me/rows@main"]["files"]] == ["train.jsonl"]
     assert found["me/rows@main"]["reference"] == {"source": "hub", "repo": "me/rows", "revision": "main"}
@@ -508,7 +508,7 @@ def test_an_update_shows_what_moved_for_the_named_recipe_alone(hub: Hub, project
     text = (project / "recipes/first.yaml").read_text()
     (project / "recipes/second.yaml").write_text(text.replace("me/rows", "me/others"))
     prefbuild(hub, project, "lock")
-    base = hub.put("me/tiny", {"README.md": b"# you"})  # no file that is pinned
+    base = hub.put("me/tiny", {"NEWS.md": b"# you"})  # no file that is pinned
     new = hub.put("me/rows", {"b.jsonl": b"{}\n", "c.jsonl": ROWS}, delete=("a.jsonl",), kind="dataset")
     hub.put("me/others", {"train.jsonl": b"{}\n"}, kind="dataset")
     lines = prefbuild(hub, project, "lock", "--update", "first").splitlines()
