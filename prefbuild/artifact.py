@@ -99,8 +99,8 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(files.items()))
 
 
-def list_special(path: Path, *, hard_links: bool = False) -> list[str]:
-    """A line for everything at or below a path that is not a plain file or folder of this user's.
+def list_special(path: Path, *, hard_links: bool = False, any_owner: bool = False) -> list[str]:
+    """A line for everything at or below a path that is not a plain file or folder of this user's, or of anybody's.
 
     With `hard_links` also for files that have a second name: DVC gives its outputs one, in its cache. Links are never followed: what an untrusted process left must not be opened before this has passed.
     """
@@ -123,7 +123,7 @@ def list_special(path: Path, *, hard_links: bool = False) -> list[str]:
                 kind = "a setuid file"
             elif kind is None and hard_links and stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
                 kind = f"a file with {about.st_nlink} names (hard links)"
-            elif kind is None and about.st_uid != os.getuid():
+            elif kind is None and not any_owner and about.st_uid != os.getuid():
                 kind = f"owned by user {about.st_uid}"
             if kind is not None:
                 found.append(f"{entry} is {kind}")

@@ -18,6 +18,7 @@ a build, from nothing to a published model:
   prefbuild build my-model            train, merge, evaluate, judge (dvc repro)
   prefbuild diff HEAD my-model        what the last edit changed
   prefbuild promote my-model          publish, if its gates passed
+  prefbuild verify owner/model@v1     are these the bytes that passed?
 
 exit codes: 2 usage, 3 recipe, 4 lock, 5 graph, 6 data, 7 stage, 8 gate failed, 9 promotion refused
 """

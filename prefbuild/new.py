@@ -26,8 +26,7 @@ GITIGNORE = """\
 # own entries back when a stage fails, and weights would become visible to git.
 /build/*
 !/build/.resolved/
-/registry/*
-!/registry/promotions.jsonl
+/registry/
 """
 
 DVCIGNORE = """\

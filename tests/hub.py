@@ -373,7 +373,7 @@ class Handler(BaseHTTPRequestHandler):
         )
         self.hub.log.append(entry)
         if self.hub.verbose:
-            print(entry, flush=True)
+            print(entry, file=sys.stderr, flush=True)
         if answer is None:
             return self._drop()
         length = answer.end - answer.start
@@ -788,7 +788,7 @@ def main() -> None:
     arguments = parser.parse_args()
     hub = Hub(arguments.folder, port=arguments.port)
     hub.verbose = True
-    print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={WRITE} HF_HUB_DISABLE_XET=1   # user me; Ctrl-C ends it", flush=True)
+    print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={WRITE} HF_HUB_DISABLE_XET=1   # user me", flush=True)
     try:
         hub.server.serve_forever()
     except KeyboardInterrupt:

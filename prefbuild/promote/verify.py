@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefbuild.errors import PromotionRefused, UsageError
-from prefbuild.promote import hub, record, signing, version
+from prefbuild.promote import record, repository, signing, version
 from prefbuild.promote.version import Files
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def verify(what: str, *, root: Path | None, key: str | None = None, quick: bool 
     if not found:
         raise UsageError(f"{what}: is neither a folder nor owner/name or owner/name@revision")
     repo, revision = found[1], found[2] or "main"
-    with hub.plainly(repo):
-        api = hub.client()
+    with repository.plainly(repo):
+        api = repository.client()
         commit = str(api.repo_info(repo, revision=revision).sha)
         _check_tag(api, repo, revision, commit, records)
         with _downloaded(api, repo, commit, what, quick) as seen:
@@ -141,9 +141,9 @@ def _check_gate(seen: _Seen, made: dict[str, Any], facts: dict[str, Any]) -> str
 
 def _check_tag(api: "HfApi", repo: str, revision: str, commit: str, records: list[dict[str, Any]]) -> None:
     """A tag vN is where prefbuild set it. PromotionRefused when it was moved."""
-    if not hub.VERSION.fullmatch(revision):
+    if not repository.VERSION.fullmatch(revision):
         return
-    state = hub.look(api, repo, at=commit)
+    state = repository.look(api, repo, at=commit)
     there = next((one.version for one in state.promotions if one.commit == commit), None)
     recorded = next((e["commit"] for e in records if (e["place"], e["version"]) == (repo, revision)), commit)
     if there != revision or recorded != commit:
@@ -165,10 +165,10 @@ def _downloaded(api: "HfApi", repo: str, commit: str, shown: str, quick: bool) -
     """A commit's files: the small ones' bytes, and unless `quick` a folder with all of them, hashed."""
     from huggingface_hub import constants
 
-    listed = hub.list_files(api, repo, commit)
+    listed = repository.list_files(api, repo, commit)
     if quick:
         records = [path for path in listed if path.startswith(f"{version.RECORDS}/")]
-        small = {path: hub.read_file(api, repo, commit, path, listed[path]) for path in records}
+        small = {path: repository.read_file(api, repo, commit, path, listed[path]) for path in records}
         yield _Seen(shown=shown, files=listed, small=small, folder=None, commit=commit)
         return
     # Beside the cache, so that its files get a second name there and no second copy.
@@ -185,7 +185,7 @@ def _downloaded(api: "HfApi", repo: str, commit: str, shown: str, quick: bool) -
             wrong = version.differences({p: e for p, e in listed.items() if p != version.OF_THE_HUB}, seen.files)
             if wrong:  # what came is not what the Hub lists: the transfer, or the cache, damaged it
                 for path in {line.split(":")[0] for line in wrong} & set(listed):
-                    hub.forget(Path(api.hf_hub_download(repo, path, revision=commit)))
+                    repository.forget(Path(api.hf_hub_download(repo, path, revision=commit)))
                 raise PromotionRefused(
                     f"{shown}: damaged on the way, or in the cache; try again:\n  " + "\n  ".join(wrong)
                 )

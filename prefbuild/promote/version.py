@@ -14,11 +14,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import MANIFEST, canonical_json, digest_of, list_files, list_special, write_atomic
+from prefbuild.artifact import MANIFEST, canonical_json, digest_of, list_special, sha256_file, write_atomic
 from prefbuild.errors import PromotionRefused
 from prefbuild.gates import METRICS, titles
 from prefbuild.promote import signing
@@ -62,6 +63,8 @@ def write_version(
     inputs, target = section["inputs"], section["settings"]["promote"]
     for role, place in places(target).items():
         _copy_role(root / inputs[role], folder, place, copy)
+    published = read_files(folder)
+    check_roles(published, target, gate, str(folder))
     metrics = _metrics(root, resolved, gate)
     records = folder / RECORDS
     records.mkdir()
@@ -74,33 +77,40 @@ def write_version(
         "license": stated_license(root / inputs["base_model"]),
         "description": section["settings"]["description"],
     }
-    listed = bom(facts, read_files(folder), metrics, **about)
+    listed = bom(facts, read_files(folder, published), metrics, **about)
     (records / "bom.json").write_text(canonical_json(listed), encoding="utf-8")
     card = render_card(root, resolved=resolved, gate=gate, metrics=metrics, facts=facts, plots=plots)
     (folder / CARD).write_text(card, encoding="utf-8")
     check_publishable(folder)
-    made = statement(facts, read_files(folder), metrics)
+    published = read_files(folder, published)
+    made = statement(facts, published, metrics)
     write_atomic(folder / STATEMENT, signing.sign_statement(made, keys))
     check_publishable(folder)
     if keys is not None:
         signing.sign_folder(folder, keys)
-    files = read_files(folder)
-    check_roles(files, target, gate, str(folder))
-    return files
+    return read_files(folder, published)
 
 
-def read_files(folder: Path) -> Files:
-    """Every file of a version on this machine, hashed. PromotionRefused for what is no plain file or folder."""
-    special = list_special(folder)
+def read_files(folder: Path, known: Files | None = None) -> Files:
+    """Every file of a version on this machine, hashed but for those `known`. PromotionRefused for links and the like."""
+    from tqdm import tqdm
+
+    special = list_special(folder, any_owner=True)
     if special:
         raise PromotionRefused(f"{special[0]}; a published version is plain files and folders")
-    files: Files = dict(list_files(folder))
-    if (folder / MANIFEST).exists():
-        raise PromotionRefused(f"{folder / MANIFEST}: is no file of a published version; take it out")
-    for path, entry in files.items():
-        if entry["size"] <= LISTED_AS_BLOB:
-            entry["gitBlob"] = blob_digest((folder / path).read_bytes())
-    return files
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    files = {name: entry for name, entry in (known or {}).items() if sizes.get(name) == entry["size"]}
+    new = sorted(paths.keys() - files.keys())
+    total = sum(sizes[name] for name in new)
+    quiet = total < 10**9 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=quiet, file=sys.stderr) as bar:
+        for name in new:
+            files[name] = {"size": sizes[name], "sha256": sha256_file(paths[name])}
+            if sizes[name] <= LISTED_AS_BLOB:
+                files[name]["gitBlob"] = blob_digest(paths[name].read_bytes())
+            bar.update(sizes[name])
+    return dict(sorted(files.items()))
 
 
 def blob_digest(content: bytes) -> str:
@@ -175,7 +185,10 @@ def _same(wanted: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def _copy_role(source: Path, folder: Path, place: str, copy: Callable[[Path, Path], Any]) -> None:
-    for path in list_files(source):  # without its manifest
+    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    for path in names:
+        if path == MANIFEST:
+            continue  # the statement takes its place
         if not _is_of_role(f"{place}{path}", place):
             raise PromotionRefused(f"{source / path}: has a name that a published version uses for something else")
         target = folder / place / path
@@ -184,8 +197,10 @@ def _copy_role(source: Path, folder: Path, place: str, copy: Callable[[Path, Pat
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, which takes no space, or a copy where the disk can't."""
+    """A second name for a file of this user's, which takes no space, or a copy where the disk can't."""
     try:
+        if source.stat().st_uid != os.getuid():
+            raise PermissionError
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from hub import WRITE, Hub  # noqa: E402
 
 from prefbuild.promote import version  # noqa: E402
-from prefbuild.promote.hub import BUILD_LINE  # noqa: E402
+from prefbuild.promote.repository import BUILD_LINE  # noqa: E402
 from tests import built  # noqa: E402
 
 # What goes wrong with a request, and the hub's fault that does it. The client is killed while the hub holds its request.

@@ -1,5 +1,6 @@
 """`prefbuild verify`: what it believes, and that it names what was changed."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -170,3 +171,11 @@ def test_what_is_not_there(hub: Hub, promoting: Path, what: str) -> None:
     code = 9 if what in ("nobody/nothing", "me/x@v7") else 2
     said = prefbuild(hub, promoting, "verify", what, code=code)
     assert what.partition("@")[0] in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_registry_of_somebody_else_can_be_checked(promoted: tuple[Path, Path], keys: Path, tmp_path: Path) -> None:
+    folder = download(promoted[1], tmp_path)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 4711, 4711)
+    assert verify(str(folder), root=None, key=str(keys)).facts["name"] == "x"
