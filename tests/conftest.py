@@ -49,7 +49,15 @@ os.environ.update(
 
 
 # These take minutes, and one process takes a file: begun last they would be waited for.
-LONGEST = ("test_pipeline.py", "test_docker.py", "test_merge.py", "test_image.py", "test_model.py", "test_promote.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_docker.py",
+    "test_hub.py",
+    "test_merge.py",
+    "test_faults.py",
+    "test_image.py",
+    "test_model.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

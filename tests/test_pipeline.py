@@ -274,7 +274,8 @@ def test_a_gate_on_a_metric_that_does_not_exist_fails_the_build(project: Path) -
 
 
 def test_promote_publishes_once_and_refuses_a_changed_byte_naming_the_file(project: Path) -> None:
-    assert run(project, "prefbuild", "promote", "first") == "promoted first v1: registry/first/v1\n"
+    said = run(project, "prefbuild", "promote", "first")
+    assert said.endswith("\npromoted first v1: registry/first/v1\n") and "publishing unsigned" in said
     published = {path: digest(path) for path in sorted((project / "registry").rglob("*")) if path.is_file()}
     assert "already there: nothing changed" in run(project, "prefbuild", "promote", "first")
     assert {path: digest(path) for path in sorted((project / "registry").rglob("*")) if path.is_file()} == published
@@ -291,7 +292,7 @@ def test_promote_publishes_once_and_refuses_a_changed_byte_naming_the_file(proje
         assert f"build/first/{name}" in output
         assert not list((project / "registry").rglob("*.safetensors"))
         path.write_bytes(kept)
-    assert "promoted first v1" in run(project, "prefbuild", "promote", "first")
+    assert "promoted first v2" in run(project, "prefbuild", "promote", "first")  # v1 was another folder's
 
 
 def test_promote_refuses_sources_that_are_not_committed(project: Path) -> None:
@@ -301,4 +302,4 @@ def test_promote_refuses_sources_that_are_not_committed(project: Path) -> None:
     assert "recipes/first.yaml" in output
     assert "--allow-dirty" in output
     run(project, "prefbuild", "promote", "first", "--allow-dirty")
-    assert json.loads((project / "registry/first/v1/provenance.json").read_text())["dirty"] == ["recipes/first.yaml"]
+    assert json.loads((project / "promotions.jsonl").read_text())["dirty"] == ["recipes/first.yaml"]

@@ -9,9 +9,9 @@ from prefbuild.recipe import DPO
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
     """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
+    verify_artifact(inputs["prepared"])
     from prefbuild.training import dpo
 
-    verify_artifact(inputs["prepared"])
     base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
     metrics = dpo.train(
         DPO.model_validate(settings["train"]),

@@ -49,9 +49,9 @@ def test_lock_fetch_build_promote_verify_again_second_version_rollback(
     assert "already there: nothing changed" in prefbuild(hub, root, "promote", "first", **signed)
     assert hub.history(REPO)[0] == first and len(records(root)) == 1
 
-    (root / "recipes/first.yaml").write_text(text.replace("limit: 4", "limit: 5"))
-    built.git(root, "commit", "-qam", "measure more")
-    prefbuild(hub, root, "build", "first", **signed)
+    (root / "recipes/first.yaml").write_text(text.replace("A tiny model", "A second version"))
+    built.git(root, "commit", "-qam", "other words")
+    run(root, "dvc", "repro", "-q")
     built.git(root, "commit", "-qam", "built")
     assert "promoted first v2" in prefbuild(hub, root, "promote", "first", **signed)
     assert f"rolled first back to v1, as v3: {REPO}@v3" in prefbuild(hub, root, "rollback", "first", **signed)
