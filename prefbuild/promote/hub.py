@@ -165,10 +165,9 @@ def _check_foreign(api: "HfApi", repo: str, name: str, state: State, head: Files
     made, facts = read
     if facts["name"] != name:
         raise PromotionRefused(f"{repo}: main holds {facts['name']} {facts['version']}, another recipe's model; {fix}")
-    try:
-        version.check_files(head, made, f"{repo}: main was changed since {facts['version']}, and")
-    except PromotionRefused as error:
-        raise PromotionRefused(f"{error}\n{fix}") from None
+    wrong = version.wrong_files(head, made)
+    if wrong:
+        raise PromotionRefused(f"{repo}: main was changed since {facts['version']}:\n  " + "\n  ".join([*wrong, fix]))
 
 
 def _adapter_first(files: Files) -> list[str]:

@@ -155,12 +155,12 @@ def explain(repo: str, error: Exception) -> str:
     match error:
         case errors.OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set; unset it"
+        case errors.RepositoryNotFoundError():
+            return "there is no such repository, or your token can't see it; correct `promote.repo`, or log in with `hf auth login`"
         case errors.HfHubHTTPError() if response is not None and response.status_code == 401:
             return "the Hub does not accept your token: it is mistyped, expired or revoked; log in with `hf auth login`"
         case errors.HfHubHTTPError() if response is not None and response.status_code == 403:
             return "your token may not write there; log in with one that may (`hf auth login`)"
-        case errors.RepositoryNotFoundError():
-            return "there is no such repository, or your token can't see it; correct `promote.repo`, or log in with `hf auth login`"
         case errors.HfHubHTTPError() if response is not None:
             return f"the Hub answered {response.status_code} for {response.url.path}; try later"
         case httpx2.HTTPError():

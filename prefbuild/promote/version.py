@@ -36,7 +36,7 @@ CARD, SIGNATURE = "README.md", "model.sig"
 OF_THE_HUB = ".gitattributes"  # the Hub writes it, and reads it alone
 # The role of each folder that may be published, and where gate.json keeps its digest.
 DIGEST_OF = {"adapter": "adapter", "merged": "artifact"}
-LISTED_AS_BLOB = 10_000_000  # bytes; the Hub lists what is larger by its sha256
+LISTED_AS_BLOB = 2**25  # bytes; the Hub lists what is larger, and some that is smaller, by its sha256
 
 Files = dict[str, dict[str, Any]]  # by path: size, and sha256 or gitBlob or both, in hex
 
@@ -152,10 +152,15 @@ def differences(wanted: Files, found: Files) -> list[str]:
     return sorted(lines)
 
 
+def wrong_files(files: Files, made: dict[str, Any]) -> list[str]:
+    """A sentence for every file that is not as a version's statement says."""
+    beside = {STATEMENT, SIGNATURE, OF_THE_HUB}
+    return differences(subjects(made), {path: entry for path, entry in files.items() if path not in beside})
+
+
 def check_files(files: Files, made: dict[str, Any], shown: str) -> None:
     """A version's files are those of its statement, and no others. PromotionRefused names those that are not."""
-    beside = {STATEMENT, SIGNATURE, OF_THE_HUB}
-    wrong = differences(subjects(made), {path: entry for path, entry in files.items() if path not in beside})
+    wrong = wrong_files(files, made)
     if wrong:
         raise PromotionRefused(f"{shown}: is not what was published:\n  " + "\n  ".join(wrong))
 

@@ -171,6 +171,8 @@ def test_what_is_not_there(hub: Hub, promoting: Path, what: str) -> None:
     code = 9 if what in ("nobody/nothing", "me/x@v7") else 2
     said = prefbuild(hub, promoting, "verify", what, code=code)
     assert what.partition("@")[0] in said
+    said = prefbuild(hub, promoting, "verify", what, token=None, code=code)
+    assert "token: it is mistyped" not in said  # there is none
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
