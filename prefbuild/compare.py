@@ -49,7 +49,7 @@ def paired(a: list[float], b: list[float], confidence: float) -> Paired:
         raise StageError("a paired comparison needs finite numbers")
     if not 0.5 < confidence < 1:
         raise StageError(f"confidence {confidence:g} is not between 0.5 and 1")
-    from scipy.stats import t as student
+    from scipy.special import stdtr, stdtrit  # what scipy.stats.t calls, a second sooner
 
     n = len(a)
     differences = [x - y for x, y in zip(a, b, strict=True)]
@@ -60,11 +60,11 @@ def paired(a: list[float], b: list[float], confidence: float) -> Paired:
         return Paired(n=n, mean_difference=mean, stderr=0.0, lower_bound=mean, upper_bound=mean, p_value=p_value,
                       method="no variance, exact sign test")  # fmt: skip
     stderr = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    reach = float(student.ppf(confidence, n - 1)) * stderr
+    reach = float(stdtrit(n - 1, confidence)) * stderr
     if set(a) | set(b) <= {0.0, 1.0}:
         p_value, method = _sign_test(differences), "Student's t, exact McNemar test"
     else:
-        p_value, method = float(2 * student.sf(abs(mean) / stderr, n - 1)), "Student's t"
+        p_value, method = float(2 * stdtr(n - 1, -abs(mean) / stderr)), "Student's t"
     return Paired(n=n, mean_difference=mean, stderr=stderr, lower_bound=mean - reach, upper_bound=mean + reach,
                   p_value=p_value, method=method)  # fmt: skip
 
@@ -127,7 +127,8 @@ def _lines(path: Path) -> list[Any]:
 
 def _sign_test(differences: list[float]) -> float:
     """Two-sided exact sign test: ties say nothing, and of the rest half should be up."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
     up, down = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return float(binomtest(up, up + down).pvalue) if up + down else 1.0
+    # Both tails of a binomial distribution with p = 1/2 are equal.
+    return min(1.0, float(2 * bdtr(min(up, down), up + down, 0.5)))

@@ -184,3 +184,17 @@ def test_other_documents_are_refused(tmp_path):
     assert str(error.value) == (
         f"{a}/k.jsonl and {b}/k.jsonl are not of the same documents: 2 only in the first, 1 only in the second, as 1 h1"
     )
+
+
+def test_the_statistics_are_scipys() -> None:
+    """The functions used are those that scipy.stats calls, without the second that importing it takes."""
+    from scipy.stats import binomtest, ttest_rel
+
+    for a, b in (([0.1, 0.4, 0.35, 0.8], [0.2, 0.1, 0.3, 0.1]), ([3.0, 1.0, 2.5], [1.0, 1.5, 2.0])):
+        ours, theirs = paired(a, b, 0.95), ttest_rel(a, b)
+        assert ours.p_value == pytest.approx(theirs.pvalue, rel=1e-12)
+        assert ours.lower_bound == pytest.approx(ttest_rel(a, b).confidence_interval(0.9).low, rel=1e-12)
+    for up, down in ((0, 1), (1, 1), (5, 5), (3, 9), (40, 12), (0, 300), (150, 151)):
+        a, b = [1.0] * up + [0.0] * down, [0.0] * up + [1.0] * down
+        if up + down > 1:
+            assert paired([*a, 1.0], [*b, 1.0], 0.95).p_value == pytest.approx(binomtest(up, up + down).pvalue, rel=1e-9)

@@ -40,7 +40,7 @@ REPO = "me/x"
 # Forks a process a command, so that Python and its libraries are loaded once for hundreds of them.
 CLIENT = """
 import json, os, sys
-import huggingface_hub.hf_api, huggingface_hub.repocard, jinja2, prefbuild.promote, ruamel.yaml, scipy.stats
+import huggingface_hub.hf_api, huggingface_hub.repocard, jinja2, prefbuild.promote, ruamel.yaml, scipy.special
 from prefbuild.cli import main
 for line in sys.stdin:
     asked = json.loads(line)
