@@ -197,4 +197,6 @@ def test_the_statistics_are_scipys() -> None:
     for up, down in ((0, 1), (1, 1), (5, 5), (3, 9), (40, 12), (0, 300), (150, 151)):
         a, b = [1.0] * up + [0.0] * down, [0.0] * up + [1.0] * down
         if up + down > 1:
-            assert paired([*a, 1.0], [*b, 1.0], 0.95).p_value == pytest.approx(binomtest(up, up + down).pvalue, rel=1e-9)
+            assert paired([*a, 1.0], [*b, 1.0], 0.95).p_value == pytest.approx(
+                binomtest(up, up + down).pvalue, rel=1e-9
+            )
