@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except PrefbuildError as error:
+        sys.stdout.flush()  # into a file or a pipe, what was printed before would come after
         print(f"prefbuild: {error}", file=sys.stderr)
         return error.exit_code
     except PermissionError as error:
