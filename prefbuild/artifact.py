@@ -44,6 +44,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def git_blob(content: bytes) -> str:
+    """The sha1 by which git, and the Hub's list of files, name some bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ it happens under one lock; what a killed promotion left is removed, or recorded,
 
 import fcntl
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,6 @@ from typing import Any
 from prefbuild.errors import PromotionRefused
 from prefbuild.promote import version
 from prefbuild.promote.version import Files
-
-VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
 @contextmanager
@@ -134,7 +131,7 @@ def _statement(registry: Path, name: str, number: str) -> tuple[dict[str, Any], 
 
 def _versions(registry: Path, name: str) -> list[str]:
     folder = registry / name
-    found = [path.name for path in folder.iterdir() if VERSION.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path.name for path in folder.iterdir() if version.NUMBER.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda number: int(number[1:]))
 
 

@@ -1,6 +1,5 @@
 """What a repository on the Hub holds: main, tags, promotions, files. Asks, and changes nothing."""
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +8,15 @@ from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefbuild.artifact import sha256_file
+from prefbuild.artifact import git_blob, sha256_file
 from prefbuild.errors import PromotionRefused
 from prefbuild.promote import version
 from prefbuild.promote.version import Files
+from prefbuild.sources.hub import forget
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-VERSION = re.compile(r"v([1-9][0-9]*)")
 # Lines of a commit's message that make it a promotion.
 BUILD_LINE = "prefbuild-build: "
 VERSION_LINE = "prefbuild-version: "
@@ -49,7 +48,7 @@ class State:
 
     def next_version(self) -> str:
         """One above every version there is or was begun: a number is never given twice."""
-        used = [int(found[1]) for name in self.tags if (found := VERSION.fullmatch(name))]
+        used = [int(found[1]) for name in self.tags if (found := version.NUMBER.fullmatch(name))]
         used += [int(one.version[1:]) for one in self.promotions]
         return f"v{max(used, default=0) + 1}"
 
@@ -78,7 +77,7 @@ def look(api: "HfApi", repo: str, *, at: str | None = None) -> State:
     for commit in api.list_repo_commits(repo, revision=at or head) if head else ():
         lines = (commit.message or "").splitlines()
         values = {key: line.removeprefix(key) for line in lines for key in (BUILD_LINE, VERSION_LINE) if line.startswith(key)}  # fmt: skip
-        if len(values) == 2 and VERSION.fullmatch(values[VERSION_LINE]):
+        if len(values) == 2 and version.NUMBER.fullmatch(values[VERSION_LINE]):
             time = commit.created_at.astimezone(UTC).isoformat(timespec="seconds")
             promotions.append(
                 Promotion(commit=commit.commit_id, version=values[VERSION_LINE], build=values[BUILD_LINE], time=time)
@@ -108,17 +107,10 @@ def read_file(api: "HfApi", repo: str, commit: str, path: str, entry: dict[str, 
         content = cached.read_bytes()
         if "sha256" in entry and sha256_file(cached) == entry["sha256"]:
             return content
-        if "sha256" not in entry and version.blob_digest(content) == entry["gitBlob"]:
+        if "sha256" not in entry and git_blob(content) == entry["gitBlob"]:
             return content
         forget(cached)
     raise PromotionRefused(f"{repo}/{path}: other bytes came than the Hub lists for commit {commit[:8]}; try again")
-
-
-def forget(cached: Path) -> None:
-    """Remove a damaged file from the client's cache, where it would be taken for good."""
-    blob = cached.resolve()
-    cached.unlink()
-    blob.unlink(missing_ok=True)
 
 
 def read_statement(api: "HfApi", repo: str, commit: str, files: Files) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from prefbuild.errors import PromotionRefused, UsageError
 from prefbuild.promote import record, repository, signing, version
 from prefbuild.promote.version import Files
+from prefbuild.sources.hub import forget
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -141,7 +142,7 @@ def _check_gate(seen: _Seen, made: dict[str, Any], facts: dict[str, Any]) -> str
 
 def _check_tag(api: "HfApi", repo: str, revision: str, commit: str, records: list[dict[str, Any]]) -> None:
     """A tag vN is where prefbuild set it. PromotionRefused when it was moved."""
-    if not repository.VERSION.fullmatch(revision):
+    if not version.NUMBER.fullmatch(revision):
         return
     state = repository.look(api, repo, at=commit)
     there = next((one.version for one in state.promotions if one.commit == commit), None)
@@ -185,7 +186,7 @@ def _downloaded(api: "HfApi", repo: str, commit: str, shown: str, quick: bool) -
             wrong = version.differences({p: e for p, e in listed.items() if p != version.OF_THE_HUB}, seen.files)
             if wrong:  # what came is not what the Hub lists: the transfer, or the cache, damaged it
                 for path in {line.split(":")[0] for line in wrong} & set(listed):
-                    repository.forget(Path(api.hf_hub_download(repo, path, revision=commit)))
+                    forget(Path(api.hf_hub_download(repo, path, revision=commit)))
                 raise PromotionRefused(
                     f"{shown}: damaged on the way, or in the cache; try again:\n  " + "\n  ".join(wrong)
                 )

@@ -13,13 +13,14 @@ The statement's subjects are the manifest; there is no other.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import MANIFEST, canonical_json, digest_of, list_special, sha256_file, write_atomic
+from prefbuild.artifact import MANIFEST, canonical_json, digest_of, git_blob, list_special, sha256_file, write_atomic
 from prefbuild.errors import PromotionRefused
 from prefbuild.gates import METRICS, titles
 from prefbuild.promote import signing
@@ -32,7 +33,8 @@ from prefbuild.promote.publishable import check_publishable
 
 RECORDS = "prefbuild"
 STATEMENT = f"{RECORDS}/provenance.intoto.jsonl"
-CARD, SIGNATURE = "README.md", "model.sig"
+CARD, SIGNATURE = "README.md", signing.SIGNATURE
+NUMBER = re.compile(r"v([1-9][0-9]*)")  # what versions are called
 OF_THE_HUB = ".gitattributes"  # the Hub writes it, and reads it alone
 # The role of each folder that may be published, and where gate.json keeps its digest.
 DIGEST_OF = {"adapter": "adapter", "merged": "artifact"}
@@ -108,14 +110,9 @@ def read_files(folder: Path, known: Files | None = None) -> Files:
         for name in new:
             files[name] = {"size": sizes[name], "sha256": sha256_file(paths[name])}
             if sizes[name] <= LISTED_AS_BLOB:
-                files[name]["gitBlob"] = blob_digest(paths[name].read_bytes())
+                files[name]["gitBlob"] = git_blob(paths[name].read_bytes())
             bar.update(sizes[name])
     return dict(sorted(files.items()))
-
-
-def blob_digest(content: bytes) -> str:
-    """The sha1 by which git, and the Hub's list of files, name some bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def read_statement(data: bytes, shown: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefbuild.artifact import sha256_file
+from prefbuild.artifact import git_blob, sha256_file
 from prefbuild.errors import LockError
 from prefbuild.sources import splits
 from prefbuild.sources.splits import ROWS
@@ -92,7 +92,7 @@ def fetch(source: dict[str, Any], locked: dict[str, Any], into: Path, work: Path
                     copy_verified(stream, entry, into, shown=shown, remedy=remedy)
                 break
             except LockError as error:
-                _forget(cached)
+                forget(cached)
                 if not again:
                     raise
                 print(f"prefbuild: {error}; fetching it once more", file=sys.stderr)
@@ -265,11 +265,10 @@ def _verified(source: dict[str, Any], file: "RepoFile", commit: str) -> Path:
         if file.lfs is not None:
             digest, listed = hashlib.sha256(content).hexdigest(), file.lfs.sha256
         else:
-            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-            digest, listed = git.hexdigest(), file.blob_id
+            digest, listed = git_blob(content), file.blob_id
         if digest == listed:
             return path
-        _forget(path)
+        forget(path)
     raise LockError(f"{title(source)}/{file.path}: its digest is {digest}, the Hub lists {listed}; try again")
 
 
@@ -282,7 +281,7 @@ def _download(source: dict[str, Any], path: str, commit: str, cache: Path | None
     return Path(hf_hub_download(source["repo"], path, repo_type=_kind(source), revision=commit, cache_dir=cache))
 
 
-def _forget(cached: Path) -> None:
+def forget(cached: Path) -> None:
     """Remove a damaged file from the client's cache, where it would be taken for good."""
     blob = cached.resolve()
     cached.unlink()
