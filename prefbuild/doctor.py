@@ -22,7 +22,8 @@ from typing import Any
 from prefbuild.errors import LockError, StageError
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.recipe import DPO, Recipe, known_recipes
+from prefbuild.methods import TrainOptions
+from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
 from prefbuild.sources import node_id, title
@@ -484,7 +485,7 @@ def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
     )
 
 
-def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
+def memory_need(train: TrainOptions, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
     """Bytes that DPO with a LoRA adapter takes at most, roughly: the sum of
 
     weights       parameters x bytes (the reference is the same weights, without the adapter)
@@ -510,7 +511,7 @@ def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: 
     )
 
 
-def num_adapter_parameters(train: DPO, shape: Shape) -> int:
+def num_adapter_parameters(train: TrainOptions, shape: Shape) -> int:
     """Weights of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
     return train.lora.r * shape.layers * (8 * shape.hidden + 3 * (shape.hidden + shape.intermediate))
 

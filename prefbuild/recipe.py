@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
+from prefbuild.methods import Train
+from prefbuild.strict import Strict, Wrong
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
 
 if TYPE_CHECKING:
@@ -27,20 +29,6 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 RESERVED_NAMES = ("base", "baselines", "data", "models", "report")
-
-
-class Strict(BaseModel):
-    """A frozen section that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class _Wrong(ValueError):
-    """A rule between several keys is broken; `key` is the one that the message points at."""
-
-    def __init__(self, key: str, text: str):
-        self.key = key
-        super().__init__(text)
 
 
 def _safe_path(path: str) -> str:
@@ -164,7 +152,7 @@ class HubData(HubSource):
     def _named_once(self) -> "HubData":
         for key in ("config", "split"):
             if self.files is not None and getattr(self, key) is not None:
-                raise _Wrong(key, "says which rows, and files too; give one of them")
+                raise Wrong(key, "says which rows, and files too; give one of them")
         return self
 
 
@@ -200,9 +188,9 @@ class Filter(Strict):
     @model_validator(mode="after")
     def _has_a_condition(self) -> "Filter":
         if self.in_ is None and self.not_in is None and self.min is None and self.max is None:
-            raise _Wrong("column", "keeps every row; give in, not_in, min or max")
+            raise Wrong("column", "keeps every row; give in, not_in, min or max")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), which drops every row; swap them")
+            raise Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), which drops every row; swap them")
         return self
 
 
@@ -232,91 +220,12 @@ class Data(Strict):
     def _lengths(self) -> "Data":
         if self.max_prompt_length >= self.max_length:
             key = "max_prompt_length" if "max_prompt_length" in self.model_fields_set else "max_length"
-            raise _Wrong(
+            raise Wrong(
                 key,
                 f"leaves no room for an answer: max_prompt_length is {self.max_prompt_length} and max_length "
                 f"{self.max_length}; give a max_length well above max_prompt_length",
             )
         return self
-
-
-# ---- train
-
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"]
-
-
-class Lora(Strict):
-    """PEFT's LoraConfig."""
-
-    r: int = Field(default=16, ge=1, description="Rank.")
-    lora_alpha: int = Field(default=16, ge=1, description="Scale: updates are multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout; DPO switches it off unless disable_dropout is false."
-    )
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        default="all-linear", description="`all-linear`, or names such as q_proj. lm_head can't be trained by DPO."
-    )
-    use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r).")
-    use_dora: bool = Field(default=False, description="Weight-decomposed LoRA.")
-
-
-class DPO(Strict):
-    """Direct preference optimisation with TRL's DPOTrainer (Rafailov et al. 2023, arXiv 2305.18290)."""
-
-    method: Literal["dpo"] = Field(description="How it is trained; `dpo` is direct preference optimisation.")
-    loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="TRL's DPO losses, summed.")
-    loss_weights: list[float] | None = Field(default=None, description="One weight a loss. Default: 1 each.")
-    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped (robust, exo_pair, sigmoid)."
-    )
-    learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
-    lr_scheduler_type: Scheduler = Field(default="cosine", description="Shape of the learning rate over the run.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps. Give this or num_train_epochs.")
-    num_train_epochs: float | None = Field(default=None, gt=0, description="Passes over the rows. Default: 1.")
-    per_device_train_batch_size: int = Field(default=8, ge=1, description="Pairs a device takes at once.")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches a step.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, a third slower."
-    )
-    optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"
-    ] = Field(
-        default="adamw_torch", description="Optimizer. The paged and 8-bit ones are bitsandbytes' and need a GPU."
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    disable_dropout: bool = Field(default=True, description="No dropout while training, as TRL has it.")
-    lora: Lora = Field(default_factory=Lora, description="The adapter.")
-    precision: Literal["auto", "bf16", "float32"] = Field(
-        default="auto", description="Arithmetic. auto: bf16 where the machine computes in it, else float32."
-    )
-    deterministic: bool = Field(default=True, description="The same machine gives the same bytes; costs 10 % on a GPU.")
-    logging_steps: int = Field(default=1, ge=1, description="Steps between two logged points.")
-    save_steps: int = Field(default=20, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "DPO":
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            have, want = len(self.loss_weights), len(self.loss_type)
-            raise _Wrong("loss_weights", f"has {have} numbers for {want} losses; give one weight a loss")
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise _Wrong("max_steps", "says how long to train, and num_train_epochs too; give one")
-        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise _Wrong("loss_type", "exo_pair needs label_smoothing above 0; 1e-3 is usual")
-        return self
-
-
-Train = DPO  # a union discriminated by `method` as methods arrive
 
 
 # ---- merge, evaluate
@@ -459,16 +368,16 @@ class Gate(Strict):
     @model_validator(mode="after")
     def _has_a_rule(self) -> "Gate":
         if self.min is None and self.max is None and self.min_delta is None and self.max_drop is None:
-            raise _Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
+            raise Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), so nothing passes; swap them")
+            raise Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), so nothing passes; swap them")
         compares = "min_delta" if self.min_delta is not None else "max_drop" if self.max_drop is not None else None
         if compares is None and "against" in self.model_fields_set:
-            raise _Wrong("against", "says nothing without min_delta or max_drop; give one of them")
+            raise Wrong("against", "says nothing without min_delta or max_drop; give one of them")
         if compares is None and self.confidence is not None:
-            raise _Wrong("confidence", "says nothing without min_delta or max_drop; give one of them")
+            raise Wrong("confidence", "says nothing without min_delta or max_drop; give one of them")
         if compares is not None and not self.metric.startswith("evaluate."):
-            raise _Wrong(compares, "compares evaluate.* metrics, which other models have too; give min or max here")
+            raise Wrong(compares, "compares evaluate.* metrics, which other models have too; give min or max here")
         return self
 
 
@@ -484,7 +393,7 @@ class PromoteOptions(Strict):
     @model_validator(mode="after")
     def _publishes_something(self) -> "PromoteOptions":
         if not (self.adapter or self.merged):
-            raise _Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
+            raise Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
         return self
 
 
@@ -1039,7 +948,7 @@ def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[
             return loc, f"is {kind(value)}; wanted: {_first_sentence(field)}"
         case "value_error":
             wrong = context["error"]
-            if isinstance(wrong, _Wrong):
+            if isinstance(wrong, Wrong):
                 return (*loc, wrong.key), str(wrong)
             return loc, f"{show(value)} {wrong}"
     if isinstance(value, str) and (key, value.lower()) in OTHER_VALUES:

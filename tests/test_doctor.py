@@ -31,7 +31,8 @@ from prefbuild.doctor import (
 )
 from prefbuild.errors import UsageError
 from prefbuild.lock import lock
-from prefbuild.recipe import DPO, Recipe, load_recipes
+from prefbuild.methods import DPO
+from prefbuild.recipe import Recipe, load_recipes
 from prefbuild.resolve import load_project
 
 SMOLLM2 = Shape(

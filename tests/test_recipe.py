@@ -13,9 +13,8 @@ from pydantic import BaseModel
 
 from prefbuild import yamlfile
 from prefbuild.errors import RecipeError, UsageError
+from prefbuild.methods import DPO, LOSS_TYPES
 from prefbuild.recipe import (
-    DPO,
-    LOSS_TYPES,
     METRICS,
     Compute,
     Defaults,

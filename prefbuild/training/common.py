@@ -5,6 +5,7 @@ one without optimizer or random state, and end elsewhere without a word.
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
+from prefbuild.methods import TrainOptions
 
 NEEDED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
@@ -31,6 +33,111 @@ def use_bf16(precision: str) -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(cpu_bf16())
+
+
+def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: int, bf16: bool, **own: Any) -> Any:
+    """The arguments that all of TRL's trainers have, and a method's own. `config` is the trainer's class of them."""
+    import torch
+
+    return config(
+        output_dir=str(work),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.num_train_epochs or 1.0,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # Trainer would log an average in place of a loss that is no number
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        **own,
+    )
+
+
+def set_up(settings: TrainOptions, seed: int) -> bool:
+    """Seeds, determinism, and whether to compute in bf16, which is returned."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers import set_seed
+
+    torch.use_deterministic_algorithms(settings.deterministic)
+    # Costs time only: no kernel used here reads memory that it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    set_seed(seed)
+    disable_progress_bars()
+    return use_bf16(settings.precision)
+
+
+def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
+    """The base model to train an adapter on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = "auto" if bf16 else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True, use_safetensors=True)
+
+
+def lora_config(settings: TrainOptions) -> Any:
+    """PEFT's config of the adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(**settings.lora.model_dump(), bias="none", task_type="CAUSAL_LM")
+
+
+def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+    """Train, from a checkpoint if there is one; returns Trainer's result and the logged points that have a loss.
+
+    Raises StageError when the loss became no number.
+    """
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not math.isfinite(result.training_loss):
+        raise StageError(
+            f"the loss became {result.training_loss}; lower train.learning_rate (now {settings.learning_rate})"
+        )
+    return result, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def shared_metrics(trainer: Any, result: Any, history: list[dict[str, Any]], bf16: bool) -> dict[str, Any]:
+    """The part of train.json that every method has."""
+    last = history[-1]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "loss": last["loss"],
+        "mean_loss": result.training_loss,
+        "grad_norm": {"last": last["grad_norm"], "max": max(entry["grad_norm"] for entry in history)},
+        "tokens": last["num_tokens"],
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "machine": machine() | {"precision": "bf16" if bf16 else "float32"},
+    }
+
+
+def pick(entry: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of one family, by their last name: {"rewards/margins": 1} -> {"margins": 1}."""
+    return {key.removeprefix(prefix): value for key, value in sorted(entry.items()) if key.startswith(prefix)}
+
+
+def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
+    """The token ids of prepared rows, by part: {"prompt_ids": [...], ...}."""
+    with open(path, encoding="utf-8") as file:
+        return [{f"{part}_ids": row[f"{part}_ids"] for part in parts} for row in map(json.loads, file)]
 
 
 def machine() -> dict[str, str]:
