@@ -97,6 +97,65 @@ class SFT(TrainOptions):
     """Supervised fine-tuning on answers, with TRL's SFTTrainer. The loss is on the answer alone."""
 
     method: Literal["sft"] = Field(description="How it is trained; `sft` is supervised fine-tuning.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    loss_type: Literal["nll", "dft"] = Field(
+        default="nll",
+        description="nll: cross-entropy. dft: dynamic fine-tuning (arXiv 2508.05629), which weighs each token by its "
+        "own probability.",
+    )
+    disable_dropout: bool = Field(default=False, description="No dropout while training. TRL has it on in SFT.")
+
+
+class KTO(TrainOptions):
+    """Kahneman-Tversky optimisation on answers marked good or bad, with TRL's KTOTrainer (arXiv 2402.01306)."""
+
+    method: Literal["kto"] = Field(description="How it is trained; `kto` is Kahneman-Tversky optimisation.")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        default="kto", description="apo_zero_unpaired: APO-zero on unpaired answers (arXiv 2408.06266), without KL."
+    )
+    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
+    desirable_weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="Weight of the loss of good answers. Good: answers times weight are 1 to 4/3 times those of bad.",
+    )
+    undesirable_weight: float = Field(default=1.0, gt=0, description="Weight of the loss of bad answers.")
+
+    @model_validator(mode="after")
+    def _has_other_answers(self) -> "KTO":
+        if self.loss_type == "kto" and self.per_device_train_batch_size < 2:
+            raise Wrong(
+                "per_device_train_batch_size",
+                "is 1, but KTO measures KL on the answers to the other prompts of a batch; give at least 2, "
+                "or loss_type: apo_zero_unpaired",
+            )
+        return self
+
+
+class ORPO(TrainOptions):
+    """Odds ratio preference optimisation, without a reference, with TRL's ORPOTrainer (arXiv 2403.07691).
+
+    Its cross-entropy is over prompt and answer, as in TRL and the authors' code; the odds ratio is of the answers.
+    """
+
+    method: Literal["orpo"] = Field(description="How it is trained; `orpo` is odds ratio preference optimisation.")
+    beta: float = Field(default=0.1, gt=0, description="Weight of the odds ratio; the paper's lambda.")
+
+
+class SimPO(TrainOptions):
+    """Simple preference optimisation, without a reference, with TRL's CPOTrainer (arXiv 2405.14734)."""
+
+    method: Literal["simpo"] = Field(description="How it is trained; `simpo` is simple preference optimisation.")
+    beta: float = Field(
+        default=2.0,
+        gt=0,
+        description="Scale of the reward, a mean over tokens: the paper has 2 to 2.5. TRL's 0.1 is for sums.",
+    )
+    simpo_gamma: float = Field(
+        default=1.0, ge=0, description="Margin that rewards are asked for; the paper: 0.3 to 1.6."
+    )
+    cpo_alpha: float = Field(default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy. 0: SimPO.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped.")
 
 
 class GRPO(TrainOptions):
@@ -105,12 +164,13 @@ class GRPO(TrainOptions):
     method: Literal["grpo"] = Field(description="How it is trained; `grpo` is group relative policy optimisation.")
 
 
-Train = Annotated[Union[DPO, SFT, GRPO], Field(discriminator="method")]
-METHODS: dict[str, Any] = {"dpo": DPO, "sft": SFT, "grpo": GRPO}
+Train = Annotated[Union[DPO, SFT, KTO, ORPO, SimPO, GRPO], Field(discriminator="method")]
+METHODS: dict[str, Any] = {"dpo": DPO, "sft": SFT, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "grpo": GRPO}
 # What a row must have for a method.
-SHAPES = {"dpo": "pairs", "sft": "answers", "grpo": "prompts"}
+SHAPES = {"dpo": "pairs", "sft": "answers", "kto": "labelled", "orpo": "pairs", "simpo": "pairs", "grpo": "prompts"}
 PARTS = {
     "pairs": ("prompt", "chosen", "rejected"),
     "answers": ("prompt", "completion"),
+    "labelled": ("prompt", "completion"),
     "prompts": ("prompt",),
 }
