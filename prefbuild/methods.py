@@ -174,3 +174,24 @@ PARTS = {
     "labelled": ("prompt", "completion"),
     "prompts": ("prompt",),
 }
+
+# The numbers of train.json that a gate can ask for, by method.
+_SHARED = ("loss", "mean_loss", "steps", "epochs", "grad_norm.last", "grad_norm.max", "seconds", "tokens")
+_REWARDS = ("rewards.chosen", "rewards.rejected", "rewards.margins", "rewards.accuracies")
+_PAIRS = (
+    *(*_SHARED, *_REWARDS, "logps.chosen", "logps.rejected"),
+    *("held_out.loss", *(f"held_out.{key}" for key in _REWARDS)),
+)
+TRAIN_METRICS: dict[str, tuple[str, ...]] = {
+    "dpo": (*_PAIRS, "step_0.loss", "step_0.margins", "chosen_logps_change"),
+    "sft": (*_SHARED, "held_out.loss"),
+    "kto": (*_SHARED, *_REWARDS[:3], "held_out.loss"),
+    "orpo": _PAIRS,
+    "simpo": _PAIRS,
+    "grpo": _SHARED,
+}
+
+
+def reward_columns(train: Any) -> list[str]:
+    """The columns of the data that a method's rewards read, besides the prompt: carried into prepared rows."""
+    return []
