@@ -20,8 +20,9 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import Train
-from prefbuild.strict import Strict, Wrong
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.rows import reasons
+from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
 
 if TYPE_CHECKING:
@@ -174,6 +175,24 @@ class Columns(Strict):
     prompt: str = Field(default="prompt", description="Column of the prompt: text, or the messages before the answer.")
     chosen: str = Field(default="chosen", description="Column of the preferred answer: text or assistant messages.")
     rejected: str = Field(default="rejected", description="Column of the other answer: text or assistant messages.")
+    completion: str = Field(
+        default="completion", description="Column of the one answer (sft, kto): text or assistant messages."
+    )
+    label: str = Field(default="label", description="Column that says whether the answer is good (kto): true or false.")
+    messages: str | None = Field(
+        default=None,
+        description="Column of whole conversations, instead of prompt and completion (sft, kto, grpo, rloo): the last "
+        "assistant messages are the answer, and those before them the prompt.",
+    )
+
+
+# The columns that a row of each shape is read from.
+SHAPE_COLUMNS = {
+    "pairs": ("system", "prompt", "chosen", "rejected"),
+    "answers": ("system", "prompt", "completion", "messages"),
+    "labelled": ("system", "prompt", "completion", "messages", "label"),
+    "prompts": ("system", "prompt", "messages"),
+}
 
 
 class Filter(Strict):
@@ -195,7 +214,7 @@ class Filter(Strict):
 
 
 class Data(Strict):
-    """Rows, how they become prompt/chosen/rejected, and which are kept."""
+    """Rows, how they become prompts and answers, and which are kept."""
 
     sources: list[DataSource] = Field(min_length=1, description="Files of rows, read in this order.")
     columns: Columns = Field(default_factory=Columns, description="Which column holds what.")
@@ -209,7 +228,9 @@ class Data(Strict):
         description="A row that is no object, lacks a column or holds a wrong type: fail, or drop and count.",
     )
     max_prompt_length: int = Field(default=512, ge=1, description="Tokens; rows with a longer prompt are dropped.")
-    max_length: int = Field(default=1024, ge=2, description="Tokens of prompt and answer together.")
+    max_length: int = Field(
+        default=1024, ge=2, description="Tokens of prompt and answer together. Not of methods that train on prompts."
+    )
     on_too_long: Literal["truncate", "drop"] = Field(
         default="truncate",
         description="An answer over max_length is cut (losing its end-of-turn token), or its row dropped.",
@@ -218,14 +239,36 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _lengths(self) -> "Data":
-        if self.max_prompt_length >= self.max_length:
-            key = "max_prompt_length" if "max_prompt_length" in self.model_fields_set else "max_length"
-            raise Wrong(
-                key,
-                f"leaves no room for an answer: max_prompt_length is {self.max_prompt_length} and max_length "
-                f"{self.max_length}; give a max_length well above max_prompt_length",
-            )
+        # Where max_length is not said, it depends on the method whether there is one: Recipe looks.
+        if "max_length" in self.model_fields_set and (problem := room_problem(self)):
+            raise Wrong(*problem)
         return self
+
+
+def room_problem(data: Data) -> tuple[str, str] | None:
+    """The key and message where prompt and answer can't both have their length."""
+    if data.max_prompt_length < data.max_length:
+        return None
+    return (
+        "max_prompt_length" if "max_prompt_length" in data.model_fields_set else "max_length",
+        f"leaves no room for an answer: max_prompt_length is {data.max_prompt_length} and max_length "
+        f"{data.max_length}; give a max_length well above max_prompt_length",
+    )
+
+
+def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str, Any]:
+    """What stage prepare is told of `data:`, for rows of a shape: nothing that says nothing to them.
+
+    `keep` are the columns that rewards read.
+    """
+    told = data.model_dump(mode="json", by_alias=True, exclude={"sources"})
+    read = [key for key in SHAPE_COLUMNS[shape] if data.columns.messages is None or key not in ("prompt", "completion")]
+    told["columns"] = {key: told["columns"][key] for key in read if key != "messages" or data.columns.messages}
+    told["shape"] = shape
+    if shape == "prompts":
+        del told["max_length"], told["on_too_long"]
+        told["keep"] = list(keep)
+    return told
 
 
 # ---- merge, evaluate
@@ -318,38 +361,28 @@ def seconds(duration: str) -> float:
 
 # ---- gates, promote
 
-# The numbers that a gate can ask for, besides evaluate.<task>.<metric>
-_REWARDS = ("rewards.chosen", "rewards.rejected", "rewards.margins", "rewards.accuracies")
-METRICS = {
-    "prepare": (
-        *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
-        *(f"dropped.{key}" for key in ("broken", "filtered", "empty", "identical_pair", "duplicate")),
-        *(f"dropped.{key}" for key in ("special_token", "prompt_too_long", "too_long")),
-        *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in ("chosen", "rejected")),
-        *(f"tokens.{key}.{n}" for key in ("prompt", "chosen", "rejected") for n in ("mean", "p50", "p95", "max")),
-        "boundary_differs",
-    ),
-    "train": (
-        *("loss", "steps", *_REWARDS, "logps.chosen", "logps.rejected", "grad_norm"),
-        *("held_out.loss", *(f"held_out.{key}" for key in _REWARDS), "step_0.loss", "step_0.margins"),
-        *("seconds", "tokens"),
-    ),
-    "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
-}
 
-
-def _known_metric(metric: str) -> str:
-    """Refuse a number that no prepare, train or merge stage writes."""
-    stage, _, key = metric.partition(".")
-    if stage in METRICS and key not in METRICS[stage]:
-        raise ValueError(f"is no metric; {_did_you_mean(key, METRICS[stage], prefix=stage + '.')}")
-    return metric
+def metrics(shape: str, train: Train) -> dict[str, tuple[str, ...]]:
+    """The numbers that a gate can ask for, by stage, besides evaluate.<task>.<metric>."""
+    answers = PARTS[shape][1:]
+    return {
+        "prepare": (
+            *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
+            *(f"dropped.{reason}" for reason in reasons(shape)),
+            *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in answers),
+            *(f"tokens.{key}.{n}" for key in PARTS[shape] for n in ("mean", "p50", "p95", "max")),
+            *(("labels.true", "labels.false") if shape == "labelled" else ()),
+            *(("boundary_differs",) if answers else ()),
+        ),
+        "train": train_metrics(train),
+        "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
+    }
 
 
 class Gate(Strict):
     """A rule that a metric must satisfy for the model to be promoted."""
 
-    metric: Annotated[str, AfterValidator(_known_metric)] = Field(
+    metric: str = Field(
         pattern=r"^(prepare|train|merge|evaluate)\.[^\s.][^\s]*$",
         description="`<stage>.<key>`, as in evaluate.concise.exact_match or prepare.dropped.empty.",
     )
@@ -430,6 +463,60 @@ class Recipe(Strict):
     gates: list[Gate] = Field(min_length=1, description="What the metrics must show before the model may be promoted.")
     promote: Promote | None = Field(default=None, description="Where it is published. Left out: it can't be.")
     compute: Compute = Field(default_factory=Compute, description="What its stages get: GPUs, an image, limits.")
+
+    @model_validator(mode="after")
+    def _suits_its_method(self) -> "Recipe":
+        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train)]:
+            raise Wrongs(problems)
+        return self
+
+    @property
+    def shape(self) -> str:
+        """What a row must have for the method."""
+        return SHAPES[self.train.method]
+
+
+def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
+    """What `data:` says that the method can't use."""
+    method, shape = train.method, SHAPES[train.method]
+    columns = data.columns
+    said = {key: column for key in columns.model_fields_set if (column := getattr(columns, key)) is not None}
+    for key in (key for key in Columns.model_fields if key in said):
+        if key not in SHAPE_COLUMNS[shape]:
+            hint = (
+                f", or write completion: {said[key]} to train on it" if key == "chosen" and shape == "answers" else ""
+            )
+            yield (
+                ("data", "columns", key),
+                f"is not read by {method}, which reads {_and(SHAPE_COLUMNS[shape])}; remove it{hint}",
+            )
+        elif key in ("prompt", "completion") and columns.messages is not None:
+            yield ("data", "columns", key), "says where a part is, and messages has the whole; give one of them"
+    if shape != "prompts":
+        if "max_length" not in data.model_fields_set and (problem := room_problem(data)):
+            yield ("data", problem[0]), problem[1]
+        return
+    for key in ("max_length", "on_too_long"):
+        if key in data.model_fields_set:
+            yield (
+                ("data", key),
+                f"says nothing to {method}, which trains on prompts and writes the answers itself; remove it: "
+                "max_prompt_length limits prompts",
+            )
+
+
+def _metric_problems(gates: list[Gate], train: Train) -> Iterator[tuple[Loc, str]]:
+    """Gates on numbers that no prepare, train or merge stage of the method writes."""
+    known = metrics(SHAPES[train.method], train)
+    for i, gate in enumerate(gates):
+        stage, _, key = gate.metric.partition(".")
+        if stage in known and key not in known[stage]:
+            elsewhere = stage == "train" and any(key in keys for keys in TRAIN_METRICS.values())
+            yield (
+                ("gates", i, "metric"),
+                f"{show(gate.metric)} is no metric{f' of {train.method}' * elsewhere}; "
+                f"{_did_you_mean(key, known[stage], prefix=stage + '.')}",
+            )
 
 
 class EvaluateDefaults(Strict):
@@ -657,6 +744,12 @@ OTHER_KEYS = {
     "files": "data.sources",
     "torch_dtype": "base.dtype",
     "prompt_column": "data.columns.prompt",
+    "response": "data.columns.completion",
+    "answer": "data.columns.completion",
+    "output": "data.columns.completion",
+    "conversations": "data.columns.messages",
+    "conversation": "data.columns.messages",
+    "messages_column": "data.columns.messages",
     "eval_split": "data.held_out",
     "test_size": "data.held_out",
     "val_size": "data.held_out",
@@ -752,7 +845,7 @@ OTHER_KEYS = {
 # Names that have no place here, and what to do instead
 _TOP_NAME = "a recipe is named by its file; remove it"
 _PRECISION = "write precision: bf16 (or auto, or float32)"
-_QUANTISED = "quantised training does not exist here yet; remove it"
+_QUANTISED = "write train.quantization: nf4, the one kind there is"
 _HUB = "training publishes nothing; write promote: {to: hub, repo: owner/name}"
 NOT_HERE = {
     "recipe.name": _TOP_NAME,
@@ -780,7 +873,6 @@ NOT_HERE = {
     "tf32": _PRECISION,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "quantization": _QUANTISED,
     "quantization_config": _QUANTISED,
     "qlora": _QUANTISED,
     "use_peft": "an adapter is always trained; remove it, and see train.lora",
@@ -805,8 +897,11 @@ SECRET_KEY = re.compile(
 # Values that other tools use, by key
 _METHOD = "that method does not exist here yet"
 OTHER_VALUES = {
-    **{("method", name): _METHOD for name in ("sft", "kto", "grpo", "orpo", "cpo", "simpo", "rloo", "ppo", "reward")},
-    **{("loss_type", name): f"{_METHOD}" for name in ("simpo", "orpo", "cpo", "kto")},
+    **{("method", name): _METHOD for name in ("ppo", "reward", "online_dpo", "gkd")},
+    ("method", "cpo"): "SimPO is TRL's CPO with its own loss, write method: simpo",
+    ("method", "ipo"): "write method: dpo with loss_type: [ipo]",
+    **{("loss_type", name): f"it is a method of its own, write method: {name}" for name in ("simpo", "orpo", "kto")},
+    ("loss_type", "cpo"): "SimPO is TRL's CPO with its own loss, write method: simpo",
     ("loss_type", "dpo"): "DPO's own loss is sigmoid, write loss_type: [sigmoid]",
     ("loss_type", "rpo"): "write loss_type: [sigmoid, sft] with loss_weights",
     ("loss_type", "kto_pair"): "TRL dropped it; apo_zero and sigmoid are near",
@@ -908,7 +1003,11 @@ def _explain(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[L
             for loc in (other.loc for other, _ in errors)
         ):
             continue  # the branch that was meant says more
-        yield _say(model, place, one)
+        wrong = one.get("ctx", {}).get("error")
+        if isinstance(wrong, Wrongs):
+            yield from (((*place.loc, *path), what) for path, what in wrong.problems)
+        else:
+            yield _say(model, place, one)
 
 
 def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[Loc, str]:
@@ -977,9 +1076,9 @@ def _fix(value: Any, wanted: Any) -> str:
         return ", write it in quotes"
     if wanted is int and isinstance(value, float) and value.is_integer():
         return f", write {value:.0f}"
-    if wanted in (int, float) and isinstance(value, str) and len(value) < 20:
+    if set(types_wanted) <= {int, float} and isinstance(value, str) and len(value) < 20:
         text = re.sub("(?<=[0-9])[_,](?=[0-9])", "", value)
-        return f", write {text} without quotes" if type(yamlfile.plain(text)) in (int, wanted) else ""
+        return f", write {text} without quotes" if type(yamlfile.plain(text)) in (int, *types_wanted) else ""
     if wanted is bool and str(value).lower() in ("true", "yes", "on", "y", "1"):
         return ", write true"
     if wanted is bool and str(value).lower() in ("false", "no", "off", "n", "0"):
@@ -1000,6 +1099,11 @@ def _words(wanted: Any) -> str:
         members = [member for member in get_args(wanted) if member is not int or float not in get_args(wanted)]
         return _either(map(_words, members))
     return "a section"
+
+
+def _and(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _either(words: Iterable[str]) -> str:
@@ -1080,6 +1184,10 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
+def _is_literal(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
 def _is_model(annotation: Any) -> bool:
     return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
@@ -1088,8 +1196,10 @@ def _discriminated(union: Any) -> tuple[str, dict[str, type[BaseModel]]]:
     """The key that tells a union's models apart, and the models by its value."""
     models = get_args(union)
     shared = [key for key in models[0].model_fields if all(key in model.model_fields for model in models)]
-    values = {key: [get_args(_bare(model.model_fields[key].annotation)) for model in models] for key in shared}
-    tag = next(key for key in shared if all(len(value) == 1 for value in values[key]))
+    bare = {key: [_bare(model.model_fields[key].annotation) for model in models] for key in shared}
+    values = {key: [get_args(one) for one in ones] for key, ones in bare.items() if all(map(_is_literal, ones))}
+    # One value each, and each another: what all have in common tells nothing apart.
+    tag = next(key for key in values if len({value for value in values[key] if len(value) == 1}) == len(models))
     return tag, {value: model for (value,), model in zip(values[tag], models, strict=True)}
 
 

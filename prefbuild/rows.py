@@ -1,5 +1,7 @@
-"""Read rows of preference data and map their columns to messages.
+"""Read rows of data and map their columns to messages, in the shape that the method trains on.
 
+`pairs` have a prompt and two answers, chosen and rejected; `answers` a prompt and its completion; `labelled` are
+answers with a verdict, true or false; `prompts` have no answer. A conversation may stand for prompt and completion.
 Covered: JSONL, JSON (a list of objects, or {"data": [...]}), Parquet and CSV with a header, in folders. No row is
 lost in silence: each one comes back as a Row or as a Dropped with a reason.
 Not covered: tool calls, images, messages in CSV cells.
@@ -10,12 +12,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import MANIFEST
 from prefbuild.errors import DataError
+from prefbuild.methods import PARTS
 
 Message = dict[str, str]  # {role, content}
 
@@ -29,6 +32,9 @@ USUAL_NAMES = {
     "prompt": ("question", "instruction", "input", "query", "messages"),
     "chosen": ("chatgpt", "preferred", "accepted", "chosen_response", "response_chosen"),
     "rejected": ("llama2-13b-chat", "dispreferred", "rejected_response", "response_rejected"),
+    "completion": ("response", "answer", "output", "text", "chosen"),
+    "label": ("labels", "desirable", "is_good", "thumbs_up"),
+    "messages": ("messages", "conversation", "conversations"),
 }
 DOCUMENTS = (".md", ".txt")  # beside the rows of a data folder, and never rows themselves
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
@@ -36,13 +42,14 @@ MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One pair: the messages before the answer, and the assistant messages of either answer."""
+    """The messages before the answer, and the assistant messages of each answer, by the part it is."""
 
     id: str  # "<source index>:<line>", with the file's name between them when a source has several files
     where: str  # "file.jsonl:12"
     prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
+    answers: dict[str, list[Message]]  # chosen and rejected, or completion, or none
+    label: bool | None = None  # of labelled rows
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards read beside the prompt
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,16 @@ class _Drop(Exception):
         self.reason, self.what = reason, what
 
 
+def reasons(shape: str) -> tuple[str, ...]:
+    """Those of REASONS for which a row of this shape can be lost."""
+    not_of = {"pairs": (), "answers": ("identical_pair",), "labelled": ("identical_pair",)}
+    return tuple(reason for reason in REASONS if reason not in not_of.get(shape, ("identical_pair", "too_long")))
+
+
 def read_rows(data: dict[str, Any], folders: list[Path]) -> tuple[list[Row], list[Dropped]]:
     """Read the folders of a recipe's data in order and map each row; together the two lists hold every row.
 
-    `data` is the recipe's Data section dumped by alias. DataError: a file that can't be read, a column that is not
+    `data` is what prepare is told of a recipe's Data section. DataError: a file that can't be read, a column that is not
     there or used nowhere, or (on_broken: fail) broken rows.
     """
     sources = [read_source(index, folder, len(folders) > 1) for index, folder in enumerate(folders)]
@@ -218,7 +231,9 @@ READERS = {
 def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
     """DataError naming every mapped column that is in no row, and every column of the rows that is used nowhere."""
     columns, filtered, ignored = data["columns"], [rule["column"] for rule in data["filters"]], data["ignore"]
-    problems, guesses = [], set()
+    kept = data.get("keep", [])
+    problems: list[str] = []
+    guesses: set[str | None] = set()
     everywhere: dict[str, str] = {}  # column -> the first file it was seen in
     for source in sources:
         names: dict[str, str] = {}
@@ -227,11 +242,24 @@ def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
                 for name in raw.value:
                     names.setdefault(name, raw.where.rpartition(":")[0])
         everywhere = names | everywhere
-        for role in ("prompt", "chosen", "rejected"):
-            if names and columns[role] not in names:
-                says, guess = _not_there(role, columns[role], names)
-                problems.append(f"{source[0].where.rpartition(':')[0]}: data.columns.{role}: {says}")
-                guesses.add(guess)
+        file = source[0].where.rpartition(":")[0]
+        missing = [role for role in _required(data) if columns[role] not in names] if names else []
+        whole = next((name for name in USUAL_NAMES["messages"] if name in names), None)
+        if data["shape"] != "pairs" and whole is not None and "prompt" in missing:
+            # One hint for both parts of a conversation.
+            missing = [role for role in missing if role not in ("prompt", "completion")]
+            problems.append(
+                f"{file}: data.columns.prompt: {_not_there('', columns['prompt'], names)[0]} "
+                f"If {whole} holds whole conversations, write `messages: {whole}` under `columns`"
+            )
+            guesses.add(whole)
+        for role in missing:
+            says, guess = _not_there(role, columns[role], names)
+            problems.append(f"{file}: data.columns.{role}: {says}")
+            guesses.add(guess)
+        for name in kept if names else []:
+            if name not in names:
+                problems.append(f"{file}: train.rewards: {_not_there('', name, names)[0]}")
     elsewhere = [("data.columns.system", columns["system"])] if columns["system"] is not None else []
     elsewhere += [(f"data.filters[{i}].column", name) for i, name in enumerate(filtered)]
     elsewhere += [("data.ignore", name) for name in ignored]
@@ -239,7 +267,7 @@ def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
         if everywhere and name not in everywhere:
             problems.append(f"{key}: {_not_there('system', name, everywhere)[0]}")
 
-    used = {*columns.values(), *filtered, *ignored, *guesses}
+    used = {*columns.values(), *filtered, *ignored, *guesses, *kept}
     unused = [name for name in everywhere if name not in used]
     if unused:
         listed = ", ".join(_yaml_name(name) for name in unused)
@@ -282,11 +310,15 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
     for rule in data["filters"]:
         _filter(rule, raw)
 
-    columns = data["columns"]
-    for role in ("prompt", "chosen", "rejected"):
-        if columns[role] not in raw.value:
-            raise _Drop("broken", f"has no column {_yaml_name(columns[role])}")
-    prompt = _messages(raw, columns["prompt"], "user")
+    columns, parts = data["columns"], PARTS[data["shape"]][1:]
+    for name in (*(columns[role] for role in _required(data)), *data.get("keep", [])):
+        if name not in raw.value:
+            raise _Drop("broken", f"has no column {_yaml_name(name)}")
+    conversation = columns.get("messages")
+    if conversation is not None:
+        prompt, answer = _split(raw, conversation, answered=bool(parts))
+    else:
+        prompt = _messages(raw, columns["prompt"], "user")
     system = raw.value.get(columns["system"]) if columns["system"] is not None else None
     if system is not None and not isinstance(system, str):
         raise _Drop("broken", f"{_yaml_name(columns['system'])} is {_kind(system)}, not text")
@@ -296,15 +328,63 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
         prompt = [{"role": "system", "content": _encodable(system, columns["system"])}, *prompt]
     if prompt and prompt[-1]["role"] != "user":
         raise _Drop("broken", f"the prompt's last message is from {prompt[-1]['role']}; it must be from user")
-    chosen = _answer(raw, columns["chosen"], prompt)
-    rejected = _answer(raw, columns["rejected"], prompt)
+    if conversation is not None:
+        answers = dict.fromkeys(parts, answer)
+    else:
+        answers = {part: _answer(raw, columns[part], prompt) for part in parts}
+    label = _label(raw, columns["label"]) if "label" in columns else None
 
-    for role, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    for part, messages in (("prompt", prompt), *answers.items()):
         if not messages or not all(m["content"].strip() for m in messages if m["role"] != "system"):
-            raise _Drop("empty", f"{_yaml_name(columns[role])} is empty, or has an empty message")
-    if [message["content"].strip() for message in chosen] == [message["content"].strip() for message in rejected]:
-        raise _Drop("identical_pair", f"chosen and rejected are both {_short(chosen[-1]['content'])}")
-    return Row(id=raw.id, where=raw.where, prompt=prompt, chosen=chosen, rejected=rejected)
+            raise _Drop("empty", f"{_yaml_name(conversation or columns[part])} is empty, or has an empty message")
+    if data["shape"] == "pairs":
+        chosen, rejected = ([message["content"].strip() for message in answers[part]] for part in parts)
+        if chosen == rejected:
+            raise _Drop("identical_pair", f"chosen and rejected are both {_short(chosen[-1])}")
+    kept = {name: _plain(raw, name) for name in data.get("keep", [])}
+    return Row(id=raw.id, where=raw.where, prompt=prompt, answers=answers, label=label, columns=kept)
+
+
+def _required(data: dict[str, Any]) -> list[str]:
+    """The columns without which a row can't be mapped."""
+    columns = data["columns"]
+    parts = ("messages",) if columns.get("messages") is not None else PARTS[data["shape"]]
+    return [*parts, *(["label"] if "label" in columns else [])]
+
+
+def _split(raw: Raw, column: str, *, answered: bool) -> tuple[list[Message], list[Message]]:
+    """A conversation's prompt, and the assistant messages that it ends with, which must be there if `answered`."""
+    messages = _messages(raw, column, "user")
+    if isinstance(raw.value[column], str):
+        raise _Drop("broken", f"{_yaml_name(column)} is text, not a list of messages")
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if answered and messages and end == len(messages):
+        last = messages[-1]["role"]
+        raise _Drop("broken", f"the last message of {_yaml_name(column)} is from {last}; it must be the answer")
+    return messages[:end], messages[end:]
+
+
+def _label(raw: Raw, column: str) -> bool:
+    """Whether an answer is a good one: true or false, 1 or 0, and in CSV these as text."""
+    value = raw.value[column]
+    if raw.text_only and isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    shown = "null" if value is None else _short(value) if isinstance(value, str) else str(value)
+    raise _Drop("broken", f"{_yaml_name(column)} is {shown[:60]}, not true or false")
+
+
+def _plain(raw: Raw, column: str) -> Any:
+    """A column's value as rewards get it: what JSON can hold."""
+    value = raw.value[column]
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise _Drop("broken", f"{_yaml_name(column)} is {_kind(value)} that JSON can't hold") from None
+    return value
 
 
 def _messages(raw: Raw, column: str, role: str) -> list[Message]:

@@ -15,3 +15,11 @@ class Wrong(ValueError):
     def __init__(self, key: str, text: str):
         self.key = key
         super().__init__(text)
+
+
+class Wrongs(ValueError):
+    """Rules between sections are broken: for each the keys that lead to what is wrong, and the message."""
+
+    def __init__(self, problems: list[tuple[tuple[str | int, ...], str]]):
+        self.problems = problems
+        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in problems))

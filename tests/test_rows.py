@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefbuild.errors import DataError
-from prefbuild.recipe import Data
+from prefbuild.recipe import Data, data_settings
 from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "A colour is blue."}
@@ -30,7 +30,8 @@ def system(text: str) -> dict[str, str]:
 def settings(**keys: Any) -> dict[str, Any]:
     """The Data section as a resolved recipe has it."""
     source = {"source": "file", "path": "rows.jsonl"}
-    return Data.model_validate({"sources": [source], **keys}).model_dump(by_alias=True)
+    shape, keep = keys.pop("shape", "pairs"), keys.pop("keep", [])
+    return data_settings(Data.model_validate({"sources": [source], **keys}), shape, keep)
 
 
 def jsonl(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
@@ -64,8 +65,7 @@ def test_text_becomes_messages(tmp_path: Path) -> None:
             id="0:1",
             where="rows.jsonl:1",
             prompt=[system("Be terse."), user("Name a colour.")],
-            chosen=[assistant("Blue.")],
-            rejected=[assistant("A colour is blue.")],
+            answers={"chosen": [assistant("Blue.")], "rejected": [assistant("A colour is blue.")]},
         )
     ]
 
@@ -81,7 +81,7 @@ def test_message_lists_are_taken_as_they_are(tmp_path: Path) -> None:
     prompt = [system("Be terse."), user("Hi."), assistant("Hello."), user("Name a colour.")]
     rows, _ = read(jsonl(tmp_path, [{"prompt": prompt, "chosen": [assistant("Blue.")], "rejected": "Red?"}]))
     assert rows[0].prompt == prompt
-    assert (rows[0].chosen, rows[0].rejected) == ([assistant("Blue.")], [assistant("Red?")])
+    assert rows[0].answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Red?")]}
 
 
 @pytest.mark.parametrize("with_system", [True, False])
@@ -89,7 +89,7 @@ def test_the_prompts_own_messages_are_stripped_from_answers(tmp_path: Path, with
     start = [system("Be terse.")] * with_system + [user("Name a colour.")]
     row = {**GOOD, "s": "Be terse.", "chosen": [*start, assistant("Blue.")], "rejected": [assistant("Red?")]}
     rows, _ = read(jsonl(tmp_path, [row]), columns={"system": "s"})
-    assert rows[0].chosen == [assistant("Blue.")] and rows[0].rejected == [assistant("Red?")]
+    assert rows[0].answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Red?")]}
 
 
 def test_a_line_break_of_unicode_does_not_break_a_row(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_every_format_gives_the_rows_of_jsonl(tmp_path: Path, form: str) -> None
     found, drops = read(folder, **keys)
 
     def bare(rows: list[Row]) -> list[Any]:
-        return [(row.prompt, row.chosen, row.rejected) for row in rows]
+        return [(row.prompt, row.answers) for row in rows]
 
     assert len(expected) == 2 and bare(found) == bare(expected)
     assert [drop.reason for drop in drops] == [drop.reason for drop in expected_drops] == ["empty", "filtered"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from prefbuild.errors import DataError
-from prefbuild.recipe import Data
+from prefbuild.recipe import Data, data_settings
 from prefbuild.rows import REASONS
-from prefbuild.stages.prepare import Answer, Pair, histogram, prepare, preview, run, split
+from prefbuild.stages.prepare import Answer, PreparedRow, histogram, prepare, preview, run, split
 from prefbuild.template import load_tokenizer
 
 FIVE = "one two three four five"  # 5 tokens, and 2 more for the end of turn and the line break after it
@@ -20,8 +20,8 @@ FIVE = "one two three four five"  # 5 tokens, and 2 more for the end of turn and
 def settings(**keys: Any) -> dict[str, Any]:
     """The section of a resolved recipe."""
     source = {"source": "file", "path": "rows.jsonl"}
-    seed = keys.pop("seed", 1)
-    return {"data": Data.model_validate({"sources": [source], **keys}).model_dump(by_alias=True), "seed": seed}
+    seed, shape, keep = keys.pop("seed", 1), keys.pop("shape", "pairs"), keys.pop("keep", [])
+    return {"data": data_settings(Data.model_validate({"sources": [source], **keys}), shape, keep), "seed": seed}
 
 
 def data_folder(folder: Path, rows: list[Any]) -> Path:
@@ -242,7 +242,7 @@ def test_truncation_and_loss_of_the_end_of_turn(
         max_prompt_length=prompt,
         max_length=max(prompt + room, prompt + 1),
     )
-    whole = prepare_one(smollm2, tmp_path / "second").rejected.ids
+    whole = prepare_one(smollm2, tmp_path / "second").answers["rejected"].ids
     assert len(whole) == 7
     assert built.train[0]["rejected_ids"] == whole[:room]
     assert built.train[0]["rejected"] == FIVE + "<|im_end|>\n"
@@ -252,9 +252,9 @@ def test_truncation_and_loss_of_the_end_of_turn(
     assert built.metrics["end_of_turn_lost"] == {"chosen": short["lost"], "rejected": lost}
 
 
-def prepare_one(model: Path, folder: Path) -> Pair:
+def prepare_one(model: Path, folder: Path) -> PreparedRow:
     data = data_folder(folder, [row("Count.", "1", FIVE)])
-    return prepare(settings(), {"model": model, "data": [data]}).pairs[0]
+    return prepare(settings(), {"model": model, "data": [data]}).rows[0]
 
 
 def test_a_prompt_may_be_as_long_as_the_limit(smollm2: Path, tmp_path: Path) -> None:
@@ -328,9 +328,10 @@ def test_boundary_is_counted(smollm2: Path, tmp_path: Path) -> None:
 # ---- split
 
 
-def pairs(prompts: list[str]) -> list[Pair]:
+def pairs(prompts: list[str]) -> list[PreparedRow]:
     answer = Answer("", [], 0, False)
-    return [Pair(str(number), "", prompt, [], answer, answer) for number, prompt in enumerate(prompts)]
+    answers = {"chosen": answer, "rejected": answer}
+    return [PreparedRow(str(number), "", prompt, [], answers, None, [], {}) for number, prompt in enumerate(prompts)]
 
 
 def test_split_fills_the_fraction_by_whole_prompts() -> None:
