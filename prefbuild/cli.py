@@ -142,6 +142,28 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-n", "--num-rows", type=int, default=3, help="rows to show (default: 3)")
 
     sub = command(
+        "reward",
+        _reward,
+        "score completions with a recipe's rewards, as training would",
+        """echo '{"prompt": "What is 6 times 7?", "completion": "It is 42.", "answer": "#### 42"}' \\
+    | prefbuild reward my-grpo --try
+  prefbuild reward my-grpo --try answers.jsonl -n 5
+  prefbuild reward my-grpo --try --column summary""",
+    )
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument(
+        "--try",
+        dest="given",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        required=True,
+        help="JSON Lines of {prompt, completion, and the columns that rewards read}; default: stdin",
+    )
+    sub.add_argument("--column", metavar="COLUMN", help="take the recipe's own rows, with completions in this column")
+    sub.add_argument("-n", "--num-rows", type=int, default=10, help="completions to score (default: 10)")
+
+    sub = command(
         "build",
         _build,
         "sync, dvc repro, and the verdict; fails when a gate does",
@@ -391,6 +413,15 @@ def _preview(arguments: argparse.Namespace) -> int:
 
     settings, inputs = inputs_of(_enter_project(), "prepare", arguments.name)
     print(preview(settings, inputs, arguments.num_rows, color=sys.stdout.isatty()))
+    return 0
+
+
+def _reward(arguments: argparse.Namespace) -> int:
+    from prefbuild.reward import try_rewards
+
+    given = arguments.given if arguments.given == "-" else os.path.abspath(arguments.given)
+    options = {"num_rows": arguments.num_rows, "column": arguments.column}
+    print(try_rewards(_enter_project(), arguments.name, given, **options))
     return 0
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-MODULES = {"dpo": "dpo", "sft": "sft", "grpo": "grpo"}
+MODULES = {"dpo": "dpo", "sft": "sft", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo", "rloo": "rloo"}
 
 
 def trainer(method: str) -> Callable[..., dict[str, Any]]:
