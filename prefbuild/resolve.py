@@ -340,5 +340,6 @@ def _report_section(project: Project) -> Section:
         | {"baselines": sorted({f"build/baselines/{_base_id(recipe)}" for recipe in project.recipes.values()})},
         outputs={"report": "build/report"},
         recipes=names,
+        methods={name: recipe.train.method for name, recipe in project.recipes.items()},
         baselines={name: f"build/baselines/{_base_id(recipe)}" for name, recipe in project.recipes.items()},
     )

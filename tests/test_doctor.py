@@ -22,6 +22,7 @@ from prefbuild.doctor import (
     doctor_text,
     gguf_bits,
     guess_shape,
+    longest_row,
     memory,
     memory_need,
     num_adapter_parameters,
@@ -31,7 +32,7 @@ from prefbuild.doctor import (
 )
 from prefbuild.errors import UsageError
 from prefbuild.lock import lock
-from prefbuild.methods import DPO
+from prefbuild.methods import DPO, METHODS
 from prefbuild.recipe import Recipe, load_recipes
 from prefbuild.resolve import load_project
 
@@ -248,6 +249,25 @@ def test_memory_grows_with_rows_and_length() -> None:
         return memory_need(train, SMOLLM2, max_length=length, bytes_per_number=2)
 
     assert need(4, 512) == need(8, 256) < need(8, 512)
+
+
+def test_a_pair_takes_two_sequences_and_an_answer_one() -> None:
+    def need(method: str, batch: int) -> int:
+        train = METHODS[method].model_validate({"method": method, "per_device_train_batch_size": batch})
+        return memory_need(train, SMOLLM2, max_length=256, bytes_per_number=2)
+
+    assert need("sft", 8) == need("kto", 8) == need("dpo", 4) == need("orpo", 4) < need("sft", 16)
+
+
+def test_a_prompt_takes_what_is_written_to_it_too() -> None:
+    def longest(method: str, **train: Any) -> int:
+        return longest_row(recipe(method=method, **train))
+
+    assert longest("dpo") == longest("sft") == 1024
+    rewards = [{"reward": "length", "target": 50}]
+    assert longest("grpo", rewards=rewards, max_completion_length=100) == 612
+    found = memory(recipe(method="grpo", rewards=rewards, max_completion_length=100), [], SMOLLM2)
+    assert "when every row is 612 tokens" in found.needed
 
 
 def test_an_adapters_weights_are_counted() -> None:
