@@ -19,9 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import TrainOptions
+from prefbuild.methods import StopRule, TrainOptions
 
 NEEDED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+NUM_POINTS_TO_APPEAR = 5  # logged points by which a metric that stop_if names must have come
 
 
 def use_bf16(precision: str) -> bool:
@@ -83,12 +85,26 @@ def set_up(settings: TrainOptions, seed: int) -> bool:
 
 
 def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
-    """The base model to train an adapter on."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """The base model to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
 
+    What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
+    checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized: dict[str, Any] = {}
+    if settings.quantization == "nf4":
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+            bnb_4bit_use_double_quant=False,
+        )
     dtype = "auto" if bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True, use_safetensors=True)
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, local_files_only=True, use_safetensors=True, **quantized
+    )
 
 
 def lora_config(settings: TrainOptions) -> Any:
@@ -101,27 +117,39 @@ def lora_config(settings: TrainOptions) -> Any:
 def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -> tuple[Any, list[dict[str, Any]]]:
     """Train, from a checkpoint if there is one; returns Trainer's result and the logged points that have a loss.
 
-    Raises StageError when the loss became no number.
+    A run that broke a rule of `stop_if` ends early; shared_metrics tells. Raises StageError when the loss became no
+    number, or a rule's metric is not logged.
     """
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Health(settings))
+    if checkpoint:  # TRL 1.16 counts the tokens of a resumed run from 0
+        logged = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        trainer._total_train_tokens = int(max(entry.get("num_tokens", 0) for entry in logged))
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not math.isfinite(result.training_loss):
-        raise StageError(
-            f"the loss became {result.training_loss}; lower train.learning_rate (now {settings.learning_rate})"
-        )
+    refuse_no_number(result.training_loss, settings)
     return result, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def refuse_no_number(loss: float, settings: TrainOptions) -> None:
+    """StageError for a loss that is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise StageError(f"the loss became {loss}; lower train.learning_rate (now {settings.learning_rate})")
 
 
 def shared_metrics(trainer: Any, result: Any, history: list[dict[str, Any]], bf16: bool) -> dict[str, Any]:
     """The part of train.json that every method has."""
     last = history[-1]
+    stopped = next(one.stopped for one in trainer.callback_handler.callbacks if isinstance(one, Health))
     return {
         "steps": trainer.state.global_step,
+        "stopped": stopped,
+        "stopped_early": int(stopped is not None),
         "epochs": round(trainer.state.epoch or 0.0, 4),
         "loss": last["loss"],
-        "mean_loss": result.training_loss,
+        # Not result.training_loss, which after a resume is the sum of the steps since, divided by all.
+        "mean_loss": math.fsum(entry["loss"] for entry in history) / len(history),
         "grad_norm": {"last": last["grad_norm"], "max": max(entry["grad_norm"] for entry in history)},
         "tokens": last["num_tokens"],
         "seconds": round(result.metrics["train_runtime"], 1),
@@ -198,7 +226,7 @@ class Curves(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar in words: step, time left, loss, margin, accuracy."""
+    """One bar in words: step, time left, loss, and margin and accuracy or reward and length."""
 
     def __init__(self, name: str):
         self.name = name
@@ -226,7 +254,13 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if self.bar is not None and "loss" in logs:
-            words = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+            words = {
+                "loss": "loss",
+                "rewards/margins": "margin",
+                "rewards/accuracies": "accuracy",
+                "reward": "reward",
+                "completions/mean_length": "length",
+            }
             self.bar.set_postfix(
                 {word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False
             )
@@ -238,6 +272,46 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.close()
+
+
+class Health(TrainerCallback):
+    """End a run that diverges: by the rules of `stop_if`, or with StageError when its loss is no number.
+
+    It looks at the points that checkpoints keep, and lets none be saved at the step it stops at, so that a run that
+    is killed and goes on stops where it would have stopped.
+    """
+
+    def __init__(self, settings: TrainOptions):
+        self.settings = settings
+        self.stopped: dict[str, Any] | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in (logs or {}):
+            return  # an evaluation, or the summary at the end
+        points = [entry for entry in state.log_history if "loss" in entry]
+        refuse_no_number(points[-1]["loss"], self.settings)
+        for rule in self.settings.stop_if:
+            if self.stopped is None and self._broken(rule, points):
+                self.stopped = {"step": state.global_step, "rule": str(rule)}
+                control.should_training_stop, control.should_save = True, False
+                print(f"stopped at step {state.global_step}: {rule} (train.stop_if)", file=sys.stderr)
+
+    def _broken(self, rule: StopRule, points: list[dict[str, Any]]) -> bool:
+        logged = [{key.replace("/", "."): value for key, value in point.items()} for point in points]
+        # KTO logs the rewards of good answers only where a batch has any.
+        values = [point[rule.metric] for point in logged if rule.metric in point]
+        if not values and len(points) >= NUM_POINTS_TO_APPEAR:
+            there = ", ".join(sorted({key for point in logged for key in point} - {"step", "epoch"}))
+            raise StageError(f"train.stop_if: {rule.metric} is not logged; there are {there}")
+        newest = values[-rule.for_ :]
+        return rule.metric in logged[-1] and len(newest) == rule.for_ and all(map(rule.broken_by, newest))
 
 
 class Checkpoints(TrainerCallback):

@@ -4,9 +4,13 @@ Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by h
 The reference is the base itself: the adapter is switched off, so no second model is loaded.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefbuild.errors import StageError
 from prefbuild.methods import DPO, PARTS
 from prefbuild.training.common import (
     Checkpoints,
@@ -24,6 +28,11 @@ from prefbuild.training.common import (
     trainer_arguments,
 )
 
+# A policy that is its reference gives 0 exactly, unless rounding differs: nats by which a whole answer may be likelier.
+TOLERANCE = 0.2
+# The losses that are ln 2 while policy and reference are the same.
+LN_2_LOSSES = {"sigmoid", "sigmoid_norm", "robust"}
+
 
 def train(
     settings: DPO,
@@ -40,7 +49,8 @@ def train(
     """Train an adapter on prepared rows and save it; returns the metrics of train.json.
 
     `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number.
+    goes on from the newest whole one found there. Raises StageError when the loss is no number, or the reference is
+    not the base.
     """
     import trl.trainer.utils
     from datasets import Dataset
@@ -69,6 +79,10 @@ def train(
         loss_weights=settings.loss_weights,
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
+        use_weighting=settings.use_weighting,
+        ld_alpha=settings.ld_alpha,
+        f_divergence_type=settings.f_divergence_type,
+        f_alpha_divergence_coef=settings.f_alpha_divergence_coef,
         disable_dropout=settings.disable_dropout,
         max_length=None,
     )
@@ -86,7 +100,7 @@ def train(
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
         processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live), Reference(settings)],
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 
@@ -102,3 +116,50 @@ def train(
         "chosen_logps_change": last["logps/chosen"] - first["logps/chosen"],
         "held_out": {"loss": held_out["eval_loss"], "rewards": pick(held_out, "eval_rewards/")} if held_out else {},
     }
+
+
+class Reference(TrainerCallback):
+    """The reference is checked where it can be: before the first update an adapter changes nothing.
+
+    What is logged of step 1 was computed before its update.
+    """
+
+    def __init__(self, settings: DPO):
+        self.settings = settings
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if state.global_step == 1 and "rewards/chosen" in logs:
+            check_reference(self.settings, logs)
+
+
+def check_reference(settings: DPO, first: dict[str, Any]) -> None:
+    """StageError unless step 1's rewards (so their margins) are 0, and its loss is ln 2 where that follows from them.
+
+    Not checked with dropout, which makes the two differ by itself, nor is a loss with further terms.
+    """
+    if not settings.disable_dropout:
+        return
+    chosen, rejected, loss = first["rewards/chosen"], first["rewards/rejected"], first["loss"]
+    if max(abs(chosen), abs(rejected)) > TOLERANCE * settings.beta:
+        raise StageError(
+            f"step 1 has rewards of {chosen:.3g} (chosen) and {rejected:.3g} (rejected) before any update, where both "
+            "must be 0: the reference is not the model trained on with its adapter switched off. Check that the base "
+            "computes alike twice; with train.precision: float32 what is left is no rounding"
+        )
+    losses = set(settings.loss_type)
+    if not losses <= LN_2_LOSSES or settings.use_weighting or "aux_loss" in first:
+        return
+    wanted = math.log(2) * sum(settings.loss_weights or [1.0] * len(settings.loss_type))
+    if abs(loss - wanted) > 0.02 * wanted:
+        raise StageError(
+            f"step 1 has a loss of {loss:.4g} before any update, where {' and '.join(settings.loss_type)} of rewards "
+            f"of 0 must be {wanted:.4g} (ln 2 a loss): what is trained is not the loss the recipe names"
+        )
