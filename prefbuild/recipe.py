@@ -288,8 +288,10 @@ class Task(Strict):
     """One lm-evaluation-harness task and how it is asked."""
 
     task: str = Field(description="A task YAML of this project (recipes/x/y.yaml), or the name of a stock task.")
-    data: dict[Literal["train", "validation", "test"], FilePath] | None = Field(
-        default=None, description="Local files that stand in for a stock task's data set, by split."
+    data: dict[Literal["train", "validation", "test", "fewshot"], FilePath] | None = Field(
+        default=None,
+        description="Local files that stand in for a stock task's data set, by split. fewshot: where the task takes its "
+        "examples from, if that is none of the others, as MMLU's dev.",
     )
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples in the prompt. Default: the task's own.")
     limit: int | None = Field(default=None, ge=1, description="Only the first so many documents.")
@@ -1115,6 +1117,8 @@ def _unknown_value(key: str, value: object, known: Iterable[str]) -> str:
     known = list(known)
     if not isinstance(value, str):
         return f"is {kind(value)}; {_words(Literal[tuple(known)])} is wanted"
+    if key == "reward" and value.endswith(".py"):
+        return f"{show(value)} is a file; write reward: file, path: {show(value)[1:-1]} and the name of its function"
     if likely := OTHER_VALUES.get((key, value.lower())):
         return f"{show(value)} is not known; {likely} (known: {', '.join(known)})"
     return f"{show(value)} is not known; {_did_you_mean(value.lower(), known, all_known=True)}"
