@@ -12,7 +12,7 @@ from typing import Any
 from prefbuild.errors import StageError
 from prefbuild.rewards.schema import SCRIPTS, Exact, Format, Json, Language, Length, Numeric, Regex, Repetition
 
-NUMBER = re.compile(r"(?<![\d.,])(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 MARK = "####"
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),

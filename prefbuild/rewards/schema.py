@@ -144,8 +144,10 @@ class Language(_Reward):
 
     @model_validator(mode="after")
     def _one_set(self) -> "Language":
-        if (self.script is None) == (self.alphabet is None):
-            raise Wrong("script", "says which letters count, and so does alphabet; give one of them")
+        if self.script is None and self.alphabet is None:
+            raise Wrong("script", "missing, and so is alphabet; give one of them, which says what letters count")
+        if self.script is not None and self.alphabet is not None:
+            raise Wrong("script", "says what letters count, and so does alphabet; give one of them")
         return self
 
 
