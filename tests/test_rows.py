@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from prefbuild.errors import DataError
+from prefbuild.methods import PARTS
 from prefbuild.recipe import Data, data_settings
-from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source
+from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source, reasons
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "A colour is blue."}
 
@@ -410,3 +412,147 @@ def test_several_files_and_sources_keep_their_order_and_ids_differ(tmp_path: Pat
     rows, _ = read_rows(settings(), [one, jsonl(tmp_path / "two", [GOOD])])
     assert [row.id for row in rows] == ["0:a.jsonl:1", "0:b.jsonl:1", "0:b.jsonl:2", "1:1"]
     assert [row.where for row in rows][::3] == ["one/a.jsonl:1", "two/rows.jsonl:1"]
+
+
+# ---- other shapes than pairs
+
+ANSWER = {"prompt": "Name a colour.", "completion": "Blue."}
+TALK = [user("Hi."), assistant("Hello."), user("Name a colour."), assistant("Blue."), assistant("Or red.")]
+
+
+def test_an_answer_is_prompt_and_completion(tmp_path: Path) -> None:
+    rows, dropped = read(jsonl(tmp_path, [{**ANSWER, "s": "Be terse."}]), shape="answers", columns={"system": "s"})
+    prompt = [system("Be terse."), user("Name a colour.")]
+    assert dropped == []
+    assert rows == [
+        Row(id="0:1", where="rows.jsonl:1", prompt=prompt, answers={"completion": [assistant("Blue.")]}),
+    ]
+
+
+@pytest.mark.parametrize("shape", ["answers", "labelled", "prompts"])
+def test_a_conversation_is_split_before_its_last_answer(tmp_path: Path, shape: str) -> None:
+    folder = jsonl(tmp_path, [{"m": TALK, "s": "Be terse.", "label": True}])
+    ignore = [] if shape == "labelled" else ["label"]
+    rows, _ = read(folder, shape=shape, columns={"messages": "m", "system": "s"}, ignore=ignore)
+    assert rows[0].prompt == [system("Be terse."), *TALK[:3]]
+    assert rows[0].answers == ({} if shape == "prompts" else {"completion": TALK[3:]})
+
+
+def test_a_prompts_conversation_may_end_in_a_question(tmp_path: Path) -> None:
+    rows, _ = read(jsonl(tmp_path, [{"m": TALK[:3]}]), shape="prompts", columns={"messages": "m"})
+    assert rows[0].prompt == TALK[:3]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason", "what"),
+    [
+        (TALK[:3], "broken", "the last message of m is from user; it must be the answer"),
+        ("Hi.", "broken", "m is text, not a list of messages"),
+        (7, "broken", "m is a number, not text or a list of messages"),
+        ([system("Be terse."), assistant("Blue.")], "broken", "the prompt's last message is from system; it must be"),
+        ([user("Hi."), {"role": "tool", "content": "x"}], "broken", "message 2 of m is from 'tool'; roles are"),
+        (None, "empty", "m is empty, or has an empty message"),
+        ([], "empty", "m is empty, or has an empty message"),
+        ([assistant("Blue.")], "empty", "m is empty, or has an empty message"),
+        ([user("Hi."), assistant(" ")], "empty", "m is empty, or has an empty message"),
+        ([user(" "), assistant("Blue.")], "empty", "m is empty, or has an empty message"),
+    ],
+)
+def test_a_conversation_that_is_no_answer(tmp_path: Path, messages: Any, reason: str, what: str) -> None:
+    rows = [{"m": TALK}, {"m": messages}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="answers", columns={"messages": "m"}, on_broken="drop")
+    assert len(kept) == 1 and (dropped[0].reason, dropped[0].where) == (reason, "rows.jsonl:2")
+    assert dropped[0].what.startswith(what)
+
+
+@pytest.mark.parametrize(("label", "good"), [(True, True), (False, False), (1, True), (0, False)])
+def test_a_label_is_true_or_false(tmp_path: Path, label: Any, good: bool) -> None:
+    rows, _ = read(jsonl(tmp_path, [{**ANSWER, "label": label}]), shape="labelled")
+    assert rows[0].label is good
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [(None, "null"), ("true", "'true'"), ("1", "'1'"), (2, "2"), (-1, "-1"), (1.0, "1.0"), ([], "[]"), ("", "''")],
+)
+def test_what_is_no_label_is_broken(tmp_path: Path, label: Any, shown: str) -> None:
+    rows = [{**ANSWER, "label": True}, {**ANSWER, "label": label}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="labelled", on_broken="drop")
+    assert [row.label for row in kept] == [True]
+    assert dropped == [Dropped("broken", "rows.jsonl:2", f"label is {shown}, not true or false")]
+
+
+def test_labels_of_csv_are_text(tmp_path: Path) -> None:
+    said = ["true", "False", " TRUE ", "1", "0", "yes", "", "1.0", "null"]
+    write_csv(
+        tmp_path / "rows.csv", [["prompt", "completion", "good"], *[["Hi.", f"{n}", x] for n, x in enumerate(said)]]
+    )
+    kept, dropped = read(tmp_path, shape="labelled", columns={"label": "good"}, on_broken="drop")
+    assert [row.label for row in kept] == [True, False, True, True, False]
+    assert [drop.what for drop in dropped] == [f"good is '{x}', not true or false" for x in said[5:]]
+
+
+def test_a_row_keeps_what_rewards_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 2?", "answer": "4", "tests": [{"a": None}]}, {"prompt": "3?", "answer": None, "tests": 1.5}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="prompts", keep=["answer", "tests"])
+    assert [row.columns for row in kept] == [{"answer": "4", "tests": [{"a": None}]}, {"answer": None, "tests": 1.5}]
+    assert dropped == [] and kept[0].answers == {}
+
+
+def test_what_json_can_not_hold_is_not_handed_to_a_reward(tmp_path: Path) -> None:
+    rows = [b'{"prompt": "a", "x": NaN}', b'{"prompt": "b", "x": "\\ud83d"}', {"prompt": "c", "x": 1}, {"prompt": "d"}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="prompts", keep=["x"], on_broken="drop")
+    assert [row.prompt[0]["content"] for row in kept] == ["c"]
+    assert [drop.what for drop in dropped] == [
+        "x is a number that JSON can't hold", "x is text that JSON can't hold", "has no column x",
+    ]  # fmt: skip
+
+
+def columns_error(tmp_path: Path, row: dict[str, Any], **keys: Any) -> list[str]:
+    with pytest.raises(DataError) as error:
+        read(jsonl(tmp_path, [row]), **keys)
+    return str(error.value).splitlines()
+
+
+def test_a_column_that_a_reward_reads_must_be_there(tmp_path: Path) -> None:
+    assert columns_error(
+        tmp_path, {"prompt": "a", "answr": "4"}, shape="prompts", keep=["answer"], ignore=["answr"]
+    ) == ["rows.jsonl: train.rewards: no row has a column answer; there are prompt, answr. Did you mean answr?"]
+
+
+def test_a_conversation_is_hinted_at_once(tmp_path: Path) -> None:
+    assert columns_error(tmp_path, {"messages": TALK, "good": True}, shape="labelled") == [
+        "rows.jsonl: data.columns.prompt: no row has a column prompt; there are messages, good. If messages holds whole "
+        "conversations, write `messages: messages` under `columns`",
+        "rows.jsonl: data.columns.label: no row has a column label; there are messages, good.",
+        "rows.jsonl: column good would be used nowhere. Write `ignore: [good]` under `data`, or map them under `columns`",
+    ]
+
+
+def test_the_usual_names_of_an_answer_are_hinted(tmp_path: Path) -> None:
+    assert columns_error(tmp_path, {"prompt": "a", "response": "b"}, shape="answers") == [
+        "rows.jsonl: data.columns.completion: no row has a column completion; there are prompt, response. The completion "
+        "seems to be in response: write `completion: response` under `columns`"
+    ]
+
+
+@pytest.mark.parametrize("shape", PARTS)
+def test_no_row_of_any_shape_is_lost(tmp_path: Path, shape: str) -> None:
+    values = [None, "", "x", 3, 0, True, [], {}, TALK, TALK[:3], [user("Hi.")], [{"role": "user"}], "\ud83d"]
+    names = ["prompt", "chosen", "rejected", "completion", "label", "answer"]
+    noise = random.Random(shape)
+    rows = [{name: noise.choice(values) for name in names if noise.random() < 0.9} for _ in range(400)]
+    rows.append({"prompt": "x", "chosen": "x", "rejected": "y", "completion": "x", "label": 1, "answer": 1})
+    folder = jsonl(tmp_path, [*rows, b"{", b"[]"])
+    keep = ["answer"] if shape == "prompts" else []
+    used = {*PARTS[shape], *keep, *(["label"] if shape == "labelled" else [])}
+    ignore = [name for name in names if name not in used]
+    kept, dropped = read(folder, shape=shape, keep=keep, ignore=ignore, on_broken="drop")
+    lines = [int(row.where.partition(":")[2]) for row in (*kept, *dropped)]
+    assert sorted(lines) == list(range(1, 404))
+    assert {drop.reason for drop in dropped} <= set(reasons(shape))
+    for row in kept:
+        assert tuple(row.answers) == PARTS[shape][1:] and row.prompt[-1]["role"] == "user"
+        assert all(m["role"] == "assistant" for messages in row.answers.values() for m in messages)
+        assert (row.label is not None) == (shape == "labelled") and set(row.columns) == set(keep)
+    assert kept
