@@ -407,7 +407,6 @@ TRAIN_METRICS: dict[str, tuple[str, ...]] = {
     ),
     "kto": (
         *(*_SHARED, *_REWARDS[:3], "logps.chosen", "logps.rejected", "kl", "step_0.loss"),
-        *(f"answers.{key}" for key in ("desirable", "undesirable")),
         *(f"held_out.{key}" for key in ("loss", *_REWARDS[:3], "kl")),
     ),
     "orpo": (

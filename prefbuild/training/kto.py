@@ -65,8 +65,8 @@ def with_other_answers(rows: list[Row], batch_size: int) -> list[Row]:
     return paired
 
 
-def count_verdicts(path: Path, rows: list[Row], settings: KTO) -> dict[str, int]:
-    """How many answers are good and bad. Raises StageError unless both kinds are there, and says when they are uneven."""
+def check_verdicts(path: Path, rows: list[Row], settings: KTO) -> None:
+    """StageError unless there are good and bad answers; says it when one kind outweighs the other."""
     good = sum(row["label"] for row in rows)
     bad = len(rows) - good
     if not good or not bad:
@@ -82,7 +82,6 @@ def count_verdicts(path: Path, rows: list[Row], settings: KTO) -> dict[str, int]
             f"{settings.desirable_weight / ratio:.3g}",
             file=sys.stderr,
         )
-    return {"desirable": good, "undesirable": bad}
 
 
 def train(
@@ -136,7 +135,7 @@ def train(
     # ---- data
     train_rows = read_rows(prepared / "train.jsonl", settings, seed)
     held_out_rows = read_rows(prepared / "held_out.jsonl", settings, seed)
-    verdicts = count_verdicts(prepared / "train.jsonl", train_rows, settings)
+    check_verdicts(prepared / "train.jsonl", train_rows, settings)
 
     # ---- train
     checkpoint = newest_checkpoint(work)
@@ -158,7 +157,6 @@ def train(
     save_adapter(trainer.model, adapter, base)
     return {
         **shared_metrics(trainer, result, history, bf16),
-        "answers": verdicts,
         "rewards": pick(latest, "rewards/"),
         "logps": pick(latest, "logps/"),
         "kl": latest["kl"],

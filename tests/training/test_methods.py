@@ -33,7 +33,9 @@ each_method = pytest.mark.parametrize("method", METHODS)
 @pytest.fixture(scope="module")
 def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("prepared")
-    return {shape: write_prepared(folder / shape, tiny_model, shape, train=6) for shape in ("pairs", "answers", "labelled")}
+    return {
+        shape: write_prepared(folder / shape, tiny_model, shape, train=6) for shape in ("pairs", "answers", "labelled")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,10 @@ def test_every_number_that_a_gate_can_ask_for_is_written(method: str, trained: T
 @each_method
 def test_the_adapter_names_its_base_and_changes_it(method: str, trained: Trained) -> None:
     folder, metrics = trained[method]
-    assert {path.name for path in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (BASE["name"], BASE["revision"])
     merge.check_adapter(folder / "adapter")
