@@ -443,6 +443,11 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
                 what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
             )
         )
+    if recipe.train.quantization and not gpus:
+        found = f"{recipe.train.quantization} without a GPU"
+        needed = "a GPU; a CPU unpacks every layer again for every batch, which is slow"
+        fix = "leave train.quantization out, if the machine's memory is large enough for the base as it is"
+        findings.append(Finding(what="quantization", state="warning", found=found, needed=needed, fix=fix))
     return findings
 
 
@@ -473,7 +478,8 @@ def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
     need = memory_need(recipe.train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
     total, free = (max(g.total for g in gpus), max(g.free for g in gpus)) if gpus else machine_memory()
     where = "GPU memory" if gpus else "memory"
-    state = "missing" if shape.num_parameters * (2 if bf16 else 4) > total else "warning" if need > free else "ok"
+    weights = weight_bytes(recipe.train, shape, 2 if bf16 else 4)
+    state = "missing" if weights > total else "warning" if need > free else "ok"
     fix = "" if state == "ok" else (
         "lower train.per_device_train_batch_size and raise gradient_accumulation_steps as much,\n"
         f"lower {'train.max_completion_length' if recipe.shape == 'prompts' else 'data.max_length'}, "
@@ -497,7 +503,7 @@ def longest_row(recipe: Recipe) -> int:
 def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
     """Bytes that training a LoRA adapter takes at most, roughly: the sum of
 
-    weights       parameters x bytes (the reference is the same weights, without the adapter)
+    weights       parameters x bytes, less when quantised (the reference is the same weights, without the adapter)
     adapter       its parameters x 16: float32 weights, gradients and Adam's two moments
     activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = batch x max_length, and of pairs
                   twice that; with checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager
@@ -514,12 +520,20 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
     else:
         activations = shape.layers * layer
     return (
-        shape.num_parameters * bytes_per_number
+        weight_bytes(train, shape, bytes_per_number)
         + 16 * num_adapter_parameters(train, shape)
         + activations
         + tokens * shape.vocabulary * (bytes_per_number + 8)
         + LIBRARIES
     )
+
+
+def weight_bytes(train: TrainOptions, shape: Shape, bytes_per_number: int) -> int:
+    """Bytes of the base. NF4 is 4 bits a weight and a float32 scale for each 64, of all but embeddings and lm_head."""
+    if train.quantization is None:
+        return shape.num_parameters * bytes_per_number
+    embeddings = min(2 * shape.vocabulary * shape.hidden, shape.num_parameters)
+    return embeddings * bytes_per_number + int((shape.num_parameters - embeddings) * (4 + 32 / 64) / 8)
 
 
 def num_adapter_parameters(train: TrainOptions, shape: Shape) -> int:

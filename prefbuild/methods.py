@@ -111,7 +111,10 @@ class TrainOptions(Strict):
     @model_validator(mode="after")
     def _fraction_of_steps(self) -> "TrainOptions":
         if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
-            raise Wrong("warmup_steps", "is a number of steps, or a fraction of all below 1; write it without a point")
+            raise Wrong(
+                "warmup_steps",
+                f"is {self.warmup_steps}; give whole steps without a point, or a fraction of all below 1",
+            )
         return self
 
     @model_validator(mode="after")
@@ -329,7 +332,7 @@ class GRPO(PromptOptions):
                 "importance_sampling_level",
                 f"is sequence, which {loss} weighs by length; write loss_type: grpo for GSPO, or token here",
             )
-        if "use_bias_correction_kl" in self.model_fields_set and self.beta == 0:
+        if not self.use_bias_correction_kl and self.beta == 0:
             raise Wrong("use_bias_correction_kl", "says nothing with beta 0, where there is no KL; give beta")
         return self
 

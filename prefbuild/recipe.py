@@ -865,7 +865,7 @@ NOT_HERE = {
     "ref_model_name": "the reference is the base without its adapter; remove it",
     "reference_free": "TRL dropped it; remove it",
     "rpo_alpha": "TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
-    "warmup_ratio": "transformers dropped it; write warmup_steps",
+    "warmup_ratio": "transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",
     "max_completion_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "max_target_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "generate_during_eval": "TRL dropped it; evaluate.tasks measures answers",

@@ -29,6 +29,7 @@ from prefbuild.doctor import (
     packages,
     processor,
     shape_of,
+    weight_bytes,
 )
 from prefbuild.errors import UsageError
 from prefbuild.lock import lock
@@ -227,6 +228,19 @@ def test_too_little_memory_is_a_warning_and_weights_that_do_not_fit_are_missing(
     assert "train.gradient_checkpointing: true" in finding.fix
     large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
     assert memory(recipe(), small, large).state == "missing"
+
+
+def test_nf4_takes_4_bits_a_weight_and_is_slow_on_a_cpu() -> None:
+    # Mistral 7B: 262 million of its weights are embeddings and lm_head, which stay in bf16.
+    mistral = dataclasses.replace(SMOLLM2, num_parameters=7_241_732_096, vocabulary=32_000, hidden=4_096)
+    assert weight_bytes(DPO(method="dpo"), mistral, 2) == 2 * 7_241_732_096
+    assert weight_bytes(DPO(method="dpo", quantization="nf4"), mistral, 2) == pytest.approx(4.45e9, rel=0.01)
+    small = [Gpu(name="Small", total=6 * 10**9, free=6 * 10**9)]
+    assert memory(recipe(), small, mistral).state == "missing"
+    assert memory(recipe(quantization="nf4"), small, mistral).state == "warning"
+    assert [finding.what for finding in processor(recipe(quantization="nf4"), small, SMOLLM2)] == ["processor"]
+    found = {finding.what: finding for finding in processor(recipe(quantization="nf4"), [], SMOLLM2)}
+    assert (found["quantization"].state, found["quantization"].found) == ("warning", "nf4 without a GPU")
 
 
 def test_a_large_model_on_a_cpu_is_warned_of() -> None:

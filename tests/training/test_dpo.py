@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from project import write_rows
+from pydantic import ValidationError
 
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO, StopRule
+from prefbuild.strict import Wrong
 from prefbuild.template import load_tokenizer, render_prompt
 from prefbuild.training import trainer
 from prefbuild.training.dpo import check_reference
@@ -182,6 +184,40 @@ def test_what_the_first_step_must_show(
     else:
         with pytest.raises(StageError, match=said):
             check_reference(DPO.model_validate(settings), logged)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"label_smoothing": 0.1},
+            "label_smoothing: changes nothing in sigmoid; TRL smooths aot, aot_unpaired, exo_pair, robust",
+        ),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "aot"]}, "use_weighting: has no meaning for aot"),
+        (
+            {"f_divergence_type": "forward_kl", "loss_type": ["apo_zero"]},
+            "f_divergence_type: must be reverse_kl for apo_zero",
+        ),
+        (
+            {"f_alpha_divergence_coef": 0.3},
+            "f_alpha_divergence_coef: says nothing without f_divergence_type: alpha_div",
+        ),
+        ({"ld_alpha": 1.5}, "ld_alpha"),
+        ({"reference": "other"}, "reference"),
+        ({"warmup_steps": 1.5}, "warmup_steps: is 1.5; give whole steps without a point, or a fraction of all below 1"),
+        ({"stop_if": [{"metric": "loss"}]}, "stops nothing; give below or above"),
+        ({"stop_if": [{"metric": "loss", "below": 2.0, "above": 1.0}]}, "stops every run; swap them"),
+        ({"stop_if": [{"metric": "rewards/margins", "below": 0.0}]}, "stop_if.0.metric"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_trl_would_ignore_or_refuse_late_are_errors(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        DPO.model_validate({"method": "dpo", **settings})
+    (error,) = [one for one in caught.value.errors() if one["type"] != "float_type"]
+    wrong = error.get("ctx", {}).get("error")
+    where = wrong.key if isinstance(wrong, Wrong) else ".".join(map(str, error["loc"]))
+    assert said in f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 
 # ---- runs that are ended early
