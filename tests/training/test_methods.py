@@ -1,5 +1,6 @@
 """What every method on answers and pairs does alike: same bytes twice and after a kill, refusals, metrics, adapters."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,12 +13,12 @@ from trained import BASE, digest, train, write_prepared
 
 from prefbuild.artifact import read_manifest, write_manifest
 from prefbuild.errors import StageError
-from prefbuild.methods import SHAPES, TRAIN_METRICS
+from prefbuild.methods import METHODS, SHAPES, TRAIN_METRICS, TrainOptions
 from prefbuild.stages import merge
 from prefbuild.training.common import ProgressBar
 
 Trained = dict[str, tuple[Path, dict[str, Any]]]
-METHODS = ("sft", "kto", "orpo", "simpo")
+NAMES = ("sft", "kto", "orpo", "simpo")
 SETTINGS: dict[str, Any] = {
     # Six rows are two steps: the checkpoint is amid the second pass, which has an order of its own.
     "max_steps": 5,
@@ -27,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "lora": {"r": 4, "lora_dropout": 0.1},
 }
 
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def trained(tiny_model: Path, prepared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Each method's folder and metrics after its steps."""
     result = {}
-    for method in METHODS:
+    for method in NAMES:
         folder = tmp_path_factory.mktemp(method)
         result[method] = folder, train(folder, method, tiny_model, prepared[SHAPES[method]], **SETTINGS)
     return result
@@ -79,6 +80,18 @@ def test_a_killed_training_goes_on_and_ends_with_the_bytes_of_another(
         path = f"live/plots/metrics/train/{curve}.tsv"
         assert (tmp_path / path).read_text() == (folder / path).read_text()
     assert metrics | {"seconds": 0} == straight | {"seconds": 0}
+
+
+@each_method
+def test_settings_have_the_names_that_trl_gives_them(method: str) -> None:
+    from trl import KTOConfig, SFTConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    config = {"sft": SFTConfig, "kto": KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig}[method]
+    own = set(METHODS[method].model_fields) - set(TrainOptions.model_fields) - {"method"}
+    assert own
+    assert own <= {field.name for field in dataclasses.fields(config)}
 
 
 @each_method
