@@ -145,10 +145,9 @@ def parser() -> argparse.ArgumentParser:
         "reward",
         _reward,
         "score completions with a recipe's rewards, as training would",
-        """echo '{"prompt": "What is 6 times 7?", "completion": "It is 42.", "answer": "#### 42"}' \\
-    | prefbuild reward my-grpo --try
-  prefbuild reward my-grpo --try answers.jsonl -n 5
-  prefbuild reward my-grpo --try --column summary""",
+        """prefbuild reward my-grpo --try answers.jsonl -n 5
+  prefbuild reward my-grpo --try --column summary
+  echo '{"prompt": "6 times 7?", "completion": "42", "answer": "#### 42"}' | prefbuild reward my-grpo --try""",
     )
     sub.add_argument("name", metavar="NAME", help="the recipe")
     sub.add_argument(
