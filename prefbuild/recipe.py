@@ -193,6 +193,12 @@ SHAPE_COLUMNS = {
     "labelled": ("system", "prompt", "completion", "messages", "label"),
     "prompts": ("system", "prompt", "messages"),
 }
+# Where the columns of a format are, unless the recipe says otherwise.
+FORMAT_COLUMNS = {
+    "hh": {},
+    "sharegpt": {"prompt": "conversations", "messages": "conversations"},
+    "openai": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+}
 
 
 class Filter(Strict):
@@ -218,6 +224,12 @@ class Data(Strict):
 
     sources: list[DataSource] = Field(min_length=1, description="Files of rows, read in this order.")
     columns: Columns = Field(default_factory=Columns, description="Which column holds what.")
+    format: Literal["hh", "sharegpt", "openai"] | None = Field(
+        default=None,
+        description="How conversations are written, if not as {role, content}. hh: text with Human: and Assistant: before "
+        "each turn, the prompt in chosen and rejected alike. sharegpt: lists of {from, value}, in conversations. "
+        "openai: input, preferred_output and non_preferred_output.",
+    )
     ignore: list[str] = Field(
         default=[], description="Columns that are used nowhere, named so that none is lost by oversight."
     )
@@ -256,15 +268,28 @@ def room_problem(data: Data) -> tuple[str, str] | None:
     )
 
 
+def columns_read(data: Data, shape: str) -> dict[str, str | None]:
+    """The columns that rows of a shape are read from."""
+    said = data.columns.model_dump(exclude_unset=True, exclude_none=True)
+    columns = data.columns.model_dump() | FORMAT_COLUMNS.get(data.format or "", {}) | said
+    keys = list(SHAPE_COLUMNS[shape])
+    if shape == "pairs":
+        lacking = ["prompt"] if data.format == "hh" else []
+    else:
+        lacking = ["messages"] if columns["messages"] is None else ["prompt", "completion"]
+    return {key: columns[key] for key in keys if key not in lacking}
+
+
 def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str, Any]:
     """What stage prepare is told of `data:`, for rows of a shape: nothing that says nothing to them.
 
     `keep` are the columns that rewards read.
     """
     told = data.model_dump(mode="json", by_alias=True, exclude={"sources"})
-    read = [key for key in SHAPE_COLUMNS[shape] if data.columns.messages is None or key not in ("prompt", "completion")]
-    told["columns"] = {key: told["columns"][key] for key in read if key != "messages" or data.columns.messages}
+    told["columns"] = columns_read(data, shape)
     told["shape"] = shape
+    if data.format is None:
+        del told["format"]
     if shape == "prompts":
         del told["max_length"], told["on_too_long"]
         told["keep"] = list(keep)
@@ -492,8 +517,15 @@ def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
                 ("data", "columns", key),
                 f"is not read by {method}, which reads {_and(SHAPE_COLUMNS[shape])}; remove it{hint}",
             )
-        elif key in ("prompt", "completion") and columns.messages is not None:
-            yield ("data", "columns", key), "says where a part is, and messages has the whole; give one of them"
+        elif key in ("prompt", "completion") and shape != "pairs" and key not in columns_read(data, shape):
+            whole = "messages" if "messages" in said else f"format: {data.format}"
+            yield ("data", "columns", key), f"says where a part is, and {whole} has the whole; give one of them"
+        elif key not in columns_read(data, shape):
+            yield ("data", "columns", key), f"is not read with format: {data.format}, whose answers hold it; remove it"
+    if data.format == "openai" and shape != "pairs":
+        yield ("data", "format"), f"is of pairs, and {method} trains on {shape}; remove it, and map the columns"
+    if data.format == "hh" and shape != "pairs" and columns.messages is None:
+        yield ("data", "format"), "needs the column of the transcripts; write columns: {messages: chosen}, say"
     if shape != "prompts":
         if "max_length" not in data.model_fields_set and (problem := room_problem(data)):
             yield ("data", problem[0]), problem[1]

@@ -2,6 +2,7 @@
 
 `pairs` have a prompt and two answers, chosen and rejected; `answers` a prompt and its completion; `labelled` are
 answers with a verdict, true or false; `prompts` have no answer. A conversation may stand for prompt and completion.
+Conversations are lists of {role, content}, or written as the recipe's `format` says.
 Covered: JSONL, JSON (a list of objects, or {"data": [...]}), Parquet and CSV with a header, in folders. No row is
 lost in silence: each one comes back as a Row or as a Dropped with a reason.
 Not covered: tool calls, images, messages in CSV cells.
@@ -314,11 +315,13 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
     for name in (*(columns[role] for role in _required(data)), *data.get("keep", [])):
         if name not in raw.value:
             raise _Drop("broken", f"has no column {_yaml_name(name)}")
-    conversation = columns.get("messages")
+    conversation, form = columns.get("messages"), data.get("format")
     if conversation is not None:
-        prompt, answer = _split(raw, conversation, answered=bool(parts))
+        prompt, answer = _split(raw, conversation, form, answered=bool(parts))
+    elif "prompt" in columns:
+        prompt = _messages(raw, columns["prompt"], "user", form)
     else:
-        prompt = _messages(raw, columns["prompt"], "user")
+        prompt = _shared_prompt(raw, columns, form)
     system = raw.value.get(columns["system"]) if columns["system"] is not None else None
     if system is not None and not isinstance(system, str):
         raise _Drop("broken", f"{_yaml_name(columns['system'])} is {_kind(system)}, not text")
@@ -331,12 +334,13 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
     if conversation is not None:
         answers = dict.fromkeys(parts, answer)
     else:
-        answers = {part: _answer(raw, columns[part], prompt) for part in parts}
+        answers = {part: _answer(raw, columns[part], prompt, form) for part in parts}
     label = _label(raw, columns["label"]) if "label" in columns else None
 
     for part, messages in (("prompt", prompt), *answers.items()):
         if not messages or not all(m["content"].strip() for m in messages if m["role"] != "system"):
-            raise _Drop("empty", f"{_yaml_name(conversation or columns[part])} is empty, or has an empty message")
+            name = conversation or columns.get(part) or columns[parts[0]]
+            raise _Drop("empty", f"{_yaml_name(name)} is empty, or has an empty message")
     if data["shape"] == "pairs":
         chosen, rejected = ([message["content"].strip() for message in answers[part]] for part in parts)
         if chosen == rejected:
@@ -348,14 +352,21 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
 def _required(data: dict[str, Any]) -> list[str]:
     """The columns without which a row can't be mapped."""
     columns = data["columns"]
-    parts = ("messages",) if columns.get("messages") is not None else PARTS[data["shape"]]
-    return [*parts, *(["label"] if "label" in columns else [])]
+    return [role for role in ("messages", *PARTS[data["shape"]], "label") if role in columns]
 
 
-def _split(raw: Raw, column: str, *, answered: bool) -> tuple[list[Message], list[Message]]:
+def _shared_prompt(raw: Raw, columns: dict[str, Any], form: str | None) -> list[Message]:
+    """The messages that chosen and rejected have in common: all but the last of each."""
+    chosen, rejected = (_messages(raw, columns[part], "assistant", form)[:-1] for part in ("chosen", "rejected"))
+    if chosen != rejected:
+        raise _Drop("broken", "chosen and rejected differ before their last message, so they answer no same prompt")
+    return chosen
+
+
+def _split(raw: Raw, column: str, form: str | None, *, answered: bool) -> tuple[list[Message], list[Message]]:
     """A conversation's prompt, and the assistant messages that it ends with, which must be there if `answered`."""
-    messages = _messages(raw, column, "user")
-    if isinstance(raw.value[column], str):
+    messages = _messages(raw, column, "user", form)
+    if isinstance(raw.value[column], str) and form != "hh":
         raise _Drop("broken", f"{_yaml_name(column)} is text, not a list of messages")
     end = len(messages)
     while end and messages[end - 1]["role"] == "assistant":
@@ -387,9 +398,14 @@ def _plain(raw: Raw, column: str) -> Any:
     return value
 
 
-def _messages(raw: Raw, column: str, role: str) -> list[Message]:
-    """Text becomes one message of that role; a list of messages is checked; null becomes none."""
+def _messages(raw: Raw, column: str, role: str, form: str | None = None) -> list[Message]:
+    """Text becomes one message of that role; a list of messages is checked; null becomes none.
+
+    What is written in a format is first made what we read.
+    """
     value, name = raw.value[column], _yaml_name(column)
+    if form is not None:
+        value = FORMATS[form](value, name)
     if value is None:
         return []
     if isinstance(value, str):
@@ -418,9 +434,54 @@ def _messages(raw: Raw, column: str, role: str) -> list[Message]:
     return messages
 
 
-def _answer(raw: Raw, column: str, prompt: list[Message]) -> list[Message]:
+def _transcript(value: Any, name: str) -> Any:
+    """hh: text in which each turn begins with an empty line and Human: or Assistant:."""
+    if value is None or not isinstance(value, str):
+        return value
+    start, *turns = re.split(r"(?:\A|\n\n)(Human|Assistant):", value)
+    if start.strip() or not turns:
+        raise _Drop("broken", f"{name} is no transcript: it does not begin with an empty line and Human:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def _sharegpt(value: Any, name: str) -> Any:
+    """sharegpt: a list of {from, value}, or one such message."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    messages = []
+    for message in value:
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            who = message["from"]
+            more = {key: one for key, one in message.items() if key not in ("from", "value")}
+            role = roles.get(who, who) if isinstance(who, str) else who
+            message = {"role": role, "content": message["value"], **more}
+        elif isinstance(message, dict):
+            raise _Drop("broken", f"{name} has a message without from or value; format: sharegpt has both")
+        messages.append(message)
+    return messages
+
+
+def _openai(value: Any, name: str) -> Any:
+    """openai: {messages: [...]}, and answers that are lists of messages."""
+    if not isinstance(value, dict):
+        return value
+    if "messages" not in value:
+        raise _Drop("broken", f"{name} has no messages; format: openai has {{messages: [...]}}")
+    if more := [key for key, one in value.items() if key not in ("messages", "parallel_tool_calls") and one]:
+        raise _Drop("broken", f"{name} has {', '.join(map(str, more))}, which would be lost")
+    return value["messages"]
+
+
+FORMATS = {"hh": _transcript, "sharegpt": _sharegpt, "openai": _openai}
+
+
+def _answer(raw: Raw, column: str, prompt: list[Message], form: str | None) -> list[Message]:
     """The assistant messages of chosen or rejected, without the prompt's own messages if it starts with them."""
-    messages = _messages(raw, column, "assistant")
+    messages = _messages(raw, column, "assistant", form)
     without_system = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     for start in (prompt, without_system):
         if start and messages[: len(start)] == start:

@@ -189,7 +189,7 @@ IN_TRAIN = {
     "tasks: []": "train.tasks: unknown key; it belongs in evaluate",
     "num_fewshot: 1": "train.num_fewshot: unknown key; it belongs in evaluate.tasks",
     "rpo_alpha: 1.0": "train.rpo_alpha: unknown key; TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
-    "warmup_ratio: 0.1": "train.warmup_ratio: unknown key; transformers dropped it; write warmup_steps",
+    "warmup_ratio: 0.1": "train.warmup_ratio: unknown key; transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",
     "bf16: true": "train.bf16: unknown key; write precision: bf16 (or auto, or float32)",
     "load_in_4bit: true": "train.load_in_4bit: unknown key; write train.quantization: nf4, the one kind there is",
     "reference_free: true": "train.reference_free: unknown key; TRL dropped it; remove it",
@@ -216,8 +216,8 @@ IN_TRAIN = {
     "learning_rate: '5e-5'": "train.learning_rate: is text '5e-5'; a number is wanted, write 5e-5 without quotes",
     "label_smoothing: 0.5": "train.label_smoothing: is 0.5; less than 0.5 is wanted",
     "label_smoothing: -1": "train.label_smoothing: is -1; at least 0 is wanted",
-    "warmup_steps: 1.0": "train.warmup_steps: is a number of steps, or a fraction of all below 1; write it without a point",
-    "warmup_steps: 1.5": "train.warmup_steps: is a number of steps, or a fraction of all below 1; write it without a point",
+    "warmup_steps: 1.0": "train.warmup_steps: is 1.0; give whole steps without a point, or a fraction of all below 1",
+    "warmup_steps: 1.5": "train.warmup_steps: is 1.5; give whole steps without a point, or a fraction of all below 1",
     "warmup_steps: '40'": "train.warmup_steps: is text '40'; a number is wanted, write 40 without quotes",
     "warmup_steps: 1_000": "train.warmup_steps: is text '1_000'; a number is wanted, write 1000 without quotes",
     "warmup_steps: 10%": "train.warmup_steps: is text '10%'; a number is wanted",
@@ -661,6 +661,9 @@ def with_data(method: str, data: str) -> str:
         ("rloo", "columns: {messages: m}"),
         ("grpo", "max_prompt_length: 4096"),
         ("sft", "columns: {messages: null}"),
+        ("dpo", "format: hh"),
+        ("dpo", "format: openai"),
+        ("kto", "format: sharegpt"),
     ],
 )
 def test_each_method_has_its_columns(method: str, data: str) -> None:
@@ -688,6 +691,9 @@ ROOM = "leaves no room for an answer: max_prompt_length is 2000 and max_length 1
         ("grpo", "max_length: 2048", "max_length: says nothing to grpo, which trains on prompts and writes the answers itself; remove it: max_prompt_length limits prompts"),
         ("rloo", "on_too_long: drop", "on_too_long: says nothing to rloo, which trains on prompts and writes the answers itself; remove it: max_prompt_length limits prompts"),
         ("sft", "max_prompt_length: 2000", f"max_prompt_length: {ROOM} max_prompt_length"),
+        ("dpo", "format: hhh", "format: 'hhh' is not known; did you mean hh? (known: hh, sharegpt, openai)"),
+        ("sft", "format: openai", "format: is of pairs, and sft trains on answers; remove it, and map the columns"),
+        ("kto", "format: hh", "format: needs the column of the transcripts; write columns: {messages: chosen}, say"),
         ("sft", "columns: {response: a}", "columns.response: unknown key; did you mean completion?"),
         ("sft", "columns: {conversations: a}", "columns.conversations: unknown key; did you mean messages?"),
     ],
@@ -695,6 +701,18 @@ ROOM = "leaves no room for an answer: max_prompt_length is 2000 and max_length 1
 def test_what_a_method_does_not_read_is_refused_where_it_stands(method: str, data: str, message: str) -> None:
     X.write_text(with_data(method, data))
     assert problems() == [f"recipes/x.yaml:7: data.{message}"]
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "message"),
+    [
+        ("dpo", "format: hh\n  columns: {prompt: a}", "columns.prompt: is not read with format: hh, whose answers hold it; remove it"),
+        ("sft", "format: sharegpt\n  columns: {prompt: a}", "columns.prompt: says where a part is, and format: sharegpt has the whole; give one of them"),
+    ],
+)  # fmt: skip
+def test_a_format_has_its_own_columns(method: str, data: str, message: str) -> None:
+    X.write_text(with_data(method, data))
+    assert problems() == [f"recipes/x.yaml:8: data.{message}"]
 
 
 def test_all_that_does_not_suit_a_method_is_said_at_once() -> None:

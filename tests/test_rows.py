@@ -556,3 +556,113 @@ def test_no_row_of_any_shape_is_lost(tmp_path: Path, shape: str) -> None:
         assert all(m["role"] == "assistant" for messages in row.answers.values() for m in messages)
         assert (row.label is not None) == (shape == "labelled") and set(row.columns) == set(keep)
     assert kept
+
+
+# ---- formats
+
+
+def hh(*turns: str) -> str:
+    """A transcript as hh-rlhf has it, the human first."""
+    return "".join(f"\n\n{who}: {text}" for who, text in zip(["Human", "Assistant"] * len(turns), turns, strict=False))
+
+
+def one_row(tmp_path: Path, row: dict[str, Any], **keys: Any) -> Row:
+    rows, dropped = read(jsonl(tmp_path, [row]), **keys)
+    assert dropped == [] and len(rows) == 1
+    return rows[0]
+
+
+HELLO = [user("Hi."), assistant("Hello."), user("Name a\n\ncolour.")]
+
+
+def test_hh_transcripts_share_their_prompt(tmp_path: Path) -> None:
+    start = ("Hi.", "Hello.", "Name a\n\ncolour.")
+    row = one_row(tmp_path, {"chosen": hh(*start, "Blue."), "rejected": hh(*start, "Human: no.")}, format="hh")
+    assert row.prompt == HELLO
+    assert row.answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Human: no.")]}
+
+
+@pytest.mark.parametrize("shape", ["answers", "prompts"])
+def test_an_hh_transcript_is_a_conversation(tmp_path: Path, shape: str) -> None:
+    text = {"chosen": hh("Hi.", "Hello.", "Name a\n\ncolour.", "Blue."), "rejected": "x"}
+    row = one_row(tmp_path, text, shape=shape, format="hh", columns={"messages": "chosen"}, ignore=["rejected"])
+    assert row.prompt == HELLO
+    assert row.answers == ({"completion": [assistant("Blue.")]} if shape == "answers" else {})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason", "what"),
+    [
+        ("Name a colour.", hh("Hi.", "Red."), "broken", "chosen is no transcript: it does not begin with"),
+        ("Well. " + hh("Hi.", "a"), hh("Hi.", "Red."), "broken", "chosen is no transcript"),
+        (hh("Hi.", "a"), hh("Ho.", "b"), "broken", "chosen and rejected differ before their last message"),
+        (hh("Hi.", "a", "Ho."), hh("Hi.", "a", "Hm."), "broken", "the prompt's last message is from assistant"),
+        (hh("Hi."), hh("Ho."), "broken", "chosen has a message from user"),
+        (hh("Hi.", "a"), hh("Hi.", " a "), "identical_pair", "chosen and rejected are both 'a'"),
+        (hh("Hi.", ""), hh("Hi.", "b"), "empty", "chosen is empty"),
+        (None, hh("Hi.", "b"), "broken", "chosen and rejected differ"),
+        (7, hh("Hi.", "b"), "broken", "chosen is a number"),
+    ],
+)
+def test_what_is_no_pair_of_transcripts(tmp_path: Path, chosen: Any, rejected: Any, reason: str, what: str) -> None:
+    rows = [{"chosen": hh("Hi.", "a"), "rejected": hh("Hi.", "b")}, {"chosen": chosen, "rejected": rejected}]
+    kept, dropped = read(jsonl(tmp_path, rows), format="hh", on_broken="drop")
+    assert len(kept) == 1 and dropped[0].reason == reason and dropped[0].what.startswith(what)
+
+
+SHAREGPT = [
+    {"from": "system", "value": "Be terse."},
+    {"from": "human", "value": "Hi."},
+    {"from": "gpt", "value": "Hello."},
+    {"from": "human", "value": "Name a colour."},
+]
+
+
+def test_sharegpt_conversations(tmp_path: Path) -> None:
+    talk = [system("Be terse."), user("Hi."), assistant("Hello."), user("Name a colour.")]
+    blue, red = {"from": "gpt", "value": "Blue."}, {"from": "gpt", "value": "Red."}
+    row = one_row(tmp_path / "answers", {"conversations": [*SHAREGPT, blue]}, shape="answers", format="sharegpt")
+    assert (row.prompt, row.answers) == (talk, {"completion": [assistant("Blue.")]})
+    pair = {"conversations": SHAREGPT, "chosen": blue, "rejected": [red]}
+    row = one_row(tmp_path / "pairs", pair, format="sharegpt")
+    assert (row.prompt, row.answers) == (talk, {"chosen": [assistant("Blue.")], "rejected": [assistant("Red.")]})
+    row = one_row(
+        tmp_path / "c",
+        {"c": [*SHAREGPT, blue], "label": 1},
+        shape="labelled",
+        format="sharegpt",
+        columns={"messages": "c"},
+    )
+    assert row.prompt == talk and row.label is True
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"from": "function_call", "value": "x"}, "message 1 of conversations is from 'function_call'; roles are"),
+        ({"role": "user", "content": "Hi."}, "conversations has a message without from or value"),
+        ({"from": "human", "value": "Hi.", "weight": 1}, "message 1 of conversations has weight, which would be lost"),
+        ({"from": ["human"], "value": "Hi."}, "message 1 of conversations is from ['human']; roles are"),
+        ("Hi.", "message 1 of conversations is text, not an object"),
+    ],
+)
+def test_what_is_no_sharegpt_message_is_broken(tmp_path: Path, message: Any, what: str) -> None:
+    rows = [{"conversations": [message, {"from": "gpt", "value": "Blue."}]}]
+    _, dropped = read(jsonl(tmp_path, rows), shape="answers", format="sharegpt", on_broken="drop")
+    assert dropped[0].reason == "broken" and dropped[0].what.startswith(what)
+
+
+def test_openai_preferences(tmp_path: Path) -> None:
+    talk = {"messages": HELLO, "tools": [], "parallel_tool_calls": True}
+    data = {"input": talk, "preferred_output": [assistant("Blue.")], "non_preferred_output": [assistant("Red.")]}
+    row = one_row(tmp_path / "a", data, format="openai")
+    assert (row.prompt, row.answers) == (HELLO, {"chosen": [assistant("Blue.")], "rejected": [assistant("Red.")]})
+    for given, what in (
+        ({"messages": HELLO, "tools": [{}]}, "input has tools, which would be lost"),
+        ({"prompt": "Hi."}, "input has no messages; format: openai has {messages: [...]}"),
+    ):
+        _, dropped = read(jsonl(tmp_path / "b", [{**data, "input": given}]), format="openai", on_broken="drop")
+        assert dropped == [Dropped("broken", "rows.jsonl:1", what)]
+    other = {"talk": talk, "chosen": "Blue.", "non_preferred_output": "Red."}
+    columns = {"prompt": "talk", "chosen": "chosen"}
+    assert one_row(tmp_path / "c", other, format="openai", columns=columns).prompt == HELLO
