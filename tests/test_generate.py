@@ -37,6 +37,11 @@ def test_sampling_depends_on_the_seed(smollm2: Path) -> None:
     assert sample(2) != first
 
 
+def test_min_p_of_1_leaves_the_likeliest_token_alone(smollm2: Path) -> None:
+    greedy = generate(smollm2, "Invent a name.", max_new_tokens=8, stream=False)
+    assert generate(smollm2, "Invent a name.", max_new_tokens=8, temperature=2.0, min_p=1.0, stream=False) == greedy
+
+
 def test_missing_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"merged: holds no model; build it with `dvc repro`"):
         generate(tmp_path / "merged", QUESTION, None, max_new_tokens=1, temperature=0.0, seed=0, stream=False)
