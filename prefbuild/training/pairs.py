@@ -4,8 +4,12 @@ Both are of one make (TRL 1.16): they render and tokenise in their constructor, 
 end-of-sequence token where the answer has another end of turn, and count no tokens.
 """
 
+import os
 from pathlib import Path
 from typing import Any
+
+# TRL warns that they may go away in a later version; which version is used is pinned.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 IGNORED = -100  # a label that is in no loss
 
