@@ -139,7 +139,28 @@ class HubModel(HubSource, ModelOptions):
     )
 
 
-class HubData(HubSource):
+class DataOptions(Strict):
+    """What is said of a source of rows, whatever it is."""
+
+    # No part of a dump: it says what is done with the rows, and not what is fetched.
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        exclude=True,
+        description="Rows of sources with a weight are sampled, none twice, so that those kept are in proportion to the "
+        "weights. Default: all rows once.",
+    )
+
+
+class FileData(DataOptions, FileSource):
+    """A file or folder of rows on this machine."""
+
+
+class WheelData(DataOptions, WheelSource):
+    """Rows inside a package on the index."""
+
+
+class HubData(DataOptions, HubSource):
     """Files of rows in a data set on the Hub. No script of a data set is run."""
 
     config: str | None = Field(
@@ -162,7 +183,7 @@ class RecipeModel(RecipeSource):
 
 
 Base = Annotated[Union[FileModel, WheelModel, HubModel, RecipeModel], Field(discriminator="source")]
-DataSource = Annotated[Union[FileSource, WheelSource, HubData], Field(discriminator="source")]
+DataSource = Annotated[Union[FileData, WheelData, HubData], Field(discriminator="source")]
 
 
 # ---- data
@@ -250,6 +271,19 @@ class Data(Strict):
     held_out: Fraction = Field(default=0.0, lt=1, description="Part of the prompts kept from training to measure on.")
 
     @model_validator(mode="after")
+    def _several_weights(self) -> "Data":
+        weighed = [i for i, source in enumerate(self.sources) if source.weight is not None]
+        if len(weighed) == 1:
+            says = "says nothing alone: rows are sampled in proportion to other weights; give another source one too"
+            raise Wrongs([(("sources", weighed[0], "weight"), says)])
+        return self
+
+    @property
+    def sampled(self) -> bool:
+        """Whether rows are sampled by the weights of their sources."""
+        return any(source.weight is not None for source in self.sources)
+
+    @model_validator(mode="after")
     def _lengths(self) -> "Data":
         # Where max_length is not said, it depends on the method whether there is one: Recipe looks.
         if "max_length" in self.model_fields_set and (problem := room_problem(self)):
@@ -290,6 +324,8 @@ def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str,
     told["shape"] = shape
     if data.format is None:
         del told["format"]
+    if data.sampled:
+        told["weights"] = [source.weight for source in data.sources]
     if shape == "prompts":
         del told["max_length"], told["on_too_long"]
         told["keep"] = list(keep)
@@ -389,13 +425,13 @@ def seconds(duration: str) -> float:
 # ---- gates, promote
 
 
-def metrics(shape: str, train: Train) -> dict[str, tuple[str, ...]]:
+def metrics(shape: str, train: Train, *, sampled: bool = False) -> dict[str, tuple[str, ...]]:
     """The numbers that a gate can ask for, by stage, besides evaluate.<task>.<metric>."""
     answers = PARTS[shape][1:]
     return {
         "prepare": (
             *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
-            *(f"dropped.{reason}" for reason in reasons(shape)),
+            *(f"dropped.{reason}" for reason in reasons(shape, sampled=sampled)),
             *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in answers),
             *(f"tokens.{key}.{n}" for key in PARTS[shape] for n in ("mean", "p50", "p95", "max")),
             *(("labels.true", "labels.false") if shape == "labelled" else ()),
@@ -493,7 +529,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _suits_its_method(self) -> "Recipe":
-        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train)]:
+        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train, self.data)]:
             raise Wrongs(problems)
         return self
 
@@ -539,9 +575,9 @@ def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
             )
 
 
-def _metric_problems(gates: list[Gate], train: Train) -> Iterator[tuple[Loc, str]]:
+def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
     """Gates on numbers that no prepare, train or merge stage of the method writes."""
-    known = metrics(SHAPES[train.method], train)
+    known = metrics(SHAPES[train.method], train, sampled=data.sampled)
     for i, gate in enumerate(gates):
         stage, _, key = gate.metric.partition(".")
         if stage in known and key not in known[stage]:
@@ -778,6 +814,9 @@ OTHER_KEYS = {
     "files": "data.sources",
     "torch_dtype": "base.dtype",
     "prompt_column": "data.columns.prompt",
+    "proportion": "data.sources.weight",
+    "probability": "data.sources.weight",
+    "mix": "data.sources.weight",
     "response": "data.columns.completion",
     "answer": "data.columns.completion",
     "output": "data.columns.completion",

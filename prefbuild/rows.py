@@ -28,6 +28,8 @@ REASONS = (
     "broken", "filtered", "empty", "identical_pair", "special_token", "duplicate", "prompt_too_long", "too_long",
 )  # fmt: skip
 
+SAMPLED_OUT = "sampled_out"  # the reason of rows that the weights of the sources leave out, where there are weights
+
 # What public data sets call our columns; only ever used to word a hint.
 USUAL_NAMES = {
     "prompt": ("question", "instruction", "input", "query", "messages"),
@@ -84,10 +86,11 @@ class _Drop(Exception):
         self.reason, self.what = reason, what
 
 
-def reasons(shape: str) -> tuple[str, ...]:
-    """Those of REASONS for which a row of this shape can be lost."""
+def reasons(shape: str, *, sampled: bool = False) -> tuple[str, ...]:
+    """Those of REASONS for which a row of this shape can be lost, and, when sources have weights, SAMPLED_OUT."""
     not_of = {"pairs": (), "answers": ("identical_pair",), "labelled": ("identical_pair",)}
-    return tuple(reason for reason in REASONS if reason not in not_of.get(shape, ("identical_pair", "too_long")))
+    known = tuple(reason for reason in REASONS if reason not in not_of.get(shape, ("identical_pair", "too_long")))
+    return (*known, SAMPLED_OUT) if sampled else known
 
 
 def read_rows(data: dict[str, Any], folders: list[Path]) -> tuple[list[Row], list[Dropped]]:

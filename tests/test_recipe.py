@@ -443,7 +443,7 @@ REPLACED = [
     (
         "    - {source: file, path: rows.jsonl}",
         "    - {source: file, path: a, package: b}",
-        ["6: data.sources[0].package: does not go with this; known here: source, path"],
+        ["6: data.sources[0].package: does not go with this; known here: source, path, weight"],
     ),
     (
         "    - task: recipes/concise/concise.yaml",
@@ -713,6 +713,38 @@ def test_what_a_method_does_not_read_is_refused_where_it_stands(method: str, dat
 def test_a_format_has_its_own_columns(method: str, data: str, message: str) -> None:
     X.write_text(with_data(method, data))
     assert problems() == [f"recipes/x.yaml:8: data.{message}"]
+
+
+ONE = "    - {source: file, path: rows.jsonl}\n"
+TWO = "    - {source: file, path: a.jsonl, weight: 0.7}\n    - {source: file, path: b.jsonl, weight: 3}\n"
+
+
+def test_sources_may_have_weights_which_pin_nothing() -> None:
+    X.write_text(edited((ONE, TWO), ("evaluate.concise.exact_match", "prepare.dropped.sampled_out")))
+    recipe = load_recipe(X, Defaults())
+    assert [source.weight for source in recipe.data.sources] == [0.7, 3]
+    assert data_settings(recipe.data, recipe.shape)["weights"] == [0.7, 3]
+    assert not any("weight" in source.model_dump() for source in recipe.data.sources)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (TWO.replace(", weight: 3", ""), "6: data.sources[0].weight: says nothing alone: rows are sampled in proportion to other weights; give another source one too"),
+        (TWO.replace("0.7", "0"), "6: data.sources[0].weight: is 0; more than 0 is wanted"),
+        (TWO.replace("3", "-1"), "7: data.sources[1].weight: is -1; more than 0 is wanted"),
+        (TWO.replace("3", "x"), "7: data.sources[1].weight: is text 'x'; a number is wanted"),
+        (TWO.replace("weight: 3", "proportion: 3"), "7: data.sources[1].proportion: unknown key; did you mean weight?"),
+    ],
+)  # fmt: skip
+def test_what_is_no_weight_is_refused(sources: str, message: str) -> None:
+    X.write_text(edited((ONE, sources)))
+    assert problems() == [f"recipes/x.yaml:{message}"]
+
+
+def test_without_weights_no_row_is_sampled_out() -> None:
+    X.write_text(edited(("evaluate.concise.exact_match", "prepare.dropped.sampled_out")))
+    assert "'prepare.dropped.sampled_out' is no metric; " in problems()[0]
 
 
 def test_all_that_does_not_suit_a_method_is_said_at_once() -> None:

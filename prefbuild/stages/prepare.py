@@ -29,7 +29,7 @@ from typing import Any
 from prefbuild.artifact import write_atomic, write_json
 from prefbuild.errors import DataError
 from prefbuild.methods import PARTS
-from prefbuild.rows import Dropped, Message, Row, fail_on_broken, read_rows, reasons
+from prefbuild.rows import SAMPLED_OUT, Dropped, Message, Row, fail_on_broken, read_rows, reasons
 from prefbuild.template import (
     check_template,
     generation_eos_ids,
@@ -106,11 +106,16 @@ def prepare(settings: dict[str, Any], inputs: dict[str, Any]) -> Prepared:
 
     rows, dropped = read_rows(data, inputs["data"])
     rows_in = len(rows) + len(dropped)
-    kept, lengths, boundary_differs = _kept(rows, dropped, data, tokenizer, stop_ids(tokenizer, eos_ids))
+    kept, lengths = _kept(rows, dropped, data, tokenizer, stop_ids(tokenizer, eos_ids))
     fail_on_broken(data, dropped)
+    if "weights" in data:
+        kept, sampled_out = sample(kept, data["weights"], settings["seed"])
+        dropped += sampled_out
 
     held_out = split(kept, data["held_out"], settings["seed"])
-    metrics = _metrics(data["shape"], rows_in, kept, held_out, dropped, lengths, boundary_differs)
+    boundary_differs = _boundary_differs(tokenizer, kept)
+    known = reasons(data["shape"], sampled="weights" in data)
+    metrics = _metrics(data["shape"], known, rows_in, kept, held_out, dropped, lengths, boundary_differs)
     if metrics["rows"]["train"] == 0:
         lost = "no row is left" if not kept else "every row is held out: there are too few prompts for this `held_out`"
         raise DataError(f"{lost}, so there is nothing to train on:\n{accounting(metrics, dropped)}")
@@ -119,18 +124,14 @@ def prepare(settings: dict[str, Any], inputs: dict[str, Any]) -> Prepared:
 
 def _kept(
     rows: list[Row], dropped: list[Dropped], data: dict[str, Any], tokenizer: Any, stops: set[int]
-) -> tuple[list[PreparedRow], dict[str, list[int]], int]:
-    """Render, tokenise and cut, adding to `dropped`.
-
-    Returns the kept rows, the lengths of all that were tokenised, and how many of the kept rows would be tokenised
-    otherwise if prompt and answer were one text.
-    """
+) -> tuple[list[PreparedRow], dict[str, list[int]]]:
+    """Render, tokenise and cut, adding to `dropped`. Returns the kept rows and the lengths of all that were tokenised."""
     from tqdm import tqdm
 
     parts = PARTS[data["shape"]]
     kept: list[PreparedRow] = []
     lengths: dict[str, list[int]] = {part: [] for part in parts}
-    special, seen, boundary_differs = special_tokens(tokenizer), set[tuple[str, ...]](), 0
+    special, seen = special_tokens(tokenizer), set[tuple[str, ...]]()
     with tqdm(total=len(rows), desc="prepare", unit=" rows", file=sys.stderr, mininterval=1) as bar:
         for start in range(0, len(rows), BATCH):
             batch: list[tuple[Row, tuple[str, ...]]] = []
@@ -144,7 +145,6 @@ def _kept(
                     seen.add(_identity(row, texts))
                     batch.append((row, texts))
             ids = tokenize(tokenizer, [text for _, texts in batch for text in texts])
-            before = len(kept)
             for number, (row, texts) in enumerate(batch):
                 token_ids = ids[len(parts) * number : len(parts) * (number + 1)]
                 for part, part_ids in zip(parts, token_ids, strict=True):
@@ -154,9 +154,8 @@ def _kept(
                     kept.append(fitted)
                 else:
                     dropped.append(fitted)
-            boundary_differs += _boundary_differs(tokenizer, kept[before:], special)
             bar.update(min(BATCH, len(rows) - start))
-    return kept, lengths, boundary_differs
+    return kept, lengths
 
 
 _DUPLICATE = {
@@ -214,7 +213,12 @@ def _fitted(
     return PreparedRow(row.id, row.where, texts[0], prompt_ids, answers, row.label, row.prompt, row.columns)
 
 
-def _boundary_differs(tokenizer: Any, rows: list[PreparedRow], special: re.Pattern[str]) -> int:
+def _boundary_differs(tokenizer: Any, rows: list[PreparedRow]) -> int:
+    special = special_tokens(tokenizer)
+    return sum(_boundaries(tokenizer, rows[at : at + BATCH], special) for at in range(0, len(rows), BATCH))
+
+
+def _boundaries(tokenizer: Any, rows: list[PreparedRow], special: re.Pattern[str]) -> int:
     """How many rows have an answer whose first tokens merge with the prompt's last ones when both are one text.
 
     Tokens merge locally, so a window around the boundary tells.
@@ -229,6 +233,33 @@ def _boundary_differs(tokenizer: Any, rows: list[PreparedRow], special: re.Patte
     texts = list(dict.fromkeys(text for tail, head in chain(*windows) for text in (tail, head, tail + head)))
     ids = dict(zip(texts, tokenize(tokenizer, texts), strict=True))
     return sum(any(ids[tail + head] != ids[tail] + ids[head] for tail, head in of_row) for of_row in windows)
+
+
+def sample(kept: list[PreparedRow], weights: list[float | None], seed: int) -> tuple[list[PreparedRow], list[Dropped]]:
+    """As many rows of the sources that have weights as are in proportion to these, and those left out.
+
+    None comes twice, so the source that has least for its weight keeps all of its own. The order of a hash of seed and
+    row decides which are kept. DataError when a source that has a weight has no row.
+    """
+    by_source = {source: [row for row in kept if _source(row) == source] for source in range(len(weights))}
+    weighed = {source: weight for source, weight in enumerate(weights) if weight is not None}
+    for source, weight in weighed.items():
+        if not by_source[source]:
+            raise DataError(
+                f"data.sources[{source}].weight: is {weight:g}, and no row of this source is left to sample"
+            )
+    most = min(len(by_source[source]) / weight for source, weight in weighed.items())
+    left_out: dict[str, Dropped] = {}
+    for source, weight in weighed.items():
+        wanted = math.floor(weight * most + 1e-9)
+        order = sorted(by_source[source], key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
+        says = f"beyond the {wanted} rows that weight {weight:g} gives its source"
+        left_out |= {row.id: Dropped(SAMPLED_OUT, row.where, says) for row in order[wanted:]}
+    return [row for row in kept if row.id not in left_out], list(left_out.values())
+
+
+def _source(row: PreparedRow) -> int:
+    return int(row.id.partition(":")[0])
 
 
 def split(kept: list[PreparedRow], held_out: float, seed: int) -> set[str]:
@@ -253,6 +284,7 @@ def split(kept: list[PreparedRow], held_out: float, seed: int) -> set[str]:
 
 def _metrics(
     shape: str,
+    known: tuple[str, ...],
     rows_in: int,
     kept: list[PreparedRow],
     held_out: set[str],
@@ -260,7 +292,7 @@ def _metrics(
     lengths: dict[str, list[int]],
     boundary_differs: int,
 ) -> dict[str, Any]:
-    lost, known, answers = Counter(row.reason for row in dropped), reasons(shape), PARTS[shape][1:]
+    lost, answers = Counter(row.reason for row in dropped), PARTS[shape][1:]
     assert rows_in == len(kept) + sum(lost.values()) and set(lost) <= set(known), "a row is not accounted for"
     held = sum(row.prompt in held_out for row in kept)
     metrics: dict[str, Any] = {

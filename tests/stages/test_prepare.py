@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ def row(prompt: Any, chosen: Any = "Yes.", rejected: Any = "No.") -> dict[str, A
 class Built:
     """What the stage left in a folder."""
 
-    def __init__(self, folder: Path, model: Path, data: Path, **keys: Any):
+    def __init__(self, folder: Path, model: Path, *data: Path, **keys: Any):
+        told = keys.pop("settings", None) or settings(**keys)
         outputs = {
             "prepared": folder / "prepared",
             "metrics": folder / "prepare.json",
             "lengths": folder / "lengths.csv",
         }
-        run(settings(**keys), {"model": model, "data": [data]}, outputs, folder / "work", "test")
+        run(told, {"model": model, "data": list(data)}, outputs, folder / "work", "test")
         self.files = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
         self.metrics = json.loads(self.files["prepare.json"])
         self.train = [json.loads(line) for line in self.files["train.jsonl"].decode().splitlines()]
@@ -563,3 +565,76 @@ def test_preview_of_other_shapes(smollm2: Path, tmp_path: Path) -> None:
         tmp_path / "prompts", smollm2, [{"prompt": "Is it?", "x": [1, "é"]}], 1, shape="prompts", keep=["x"]
     )
     assert '---- column x\n[1, "é"]\n' in text and "completion" not in text
+
+
+# ---- sources by weight
+
+
+def mixed(tmp_path: Path, model: Path, counts: list[int], weights: list[float | None], **keys: Any) -> Built:
+    """Sources of so many rows each, mixed by weight."""
+    names = "abcdefgh"
+    folders = [
+        data_folder(tmp_path / names[number], [row(f"{names[number]} {n}?") for n in range(count)])
+        for number, count in enumerate(counts)
+    ]
+    sources = [
+        {"source": "file", "path": f"{name}.jsonl", "weight": w} for name, w in zip(names, weights, strict=False)
+    ]
+    seed = keys.pop("seed", 1)
+    data = data_settings(Data.model_validate({"sources": sources, **keys}), "pairs")
+    return Built(tmp_path / "build", model, *folders, settings={"data": data, "seed": seed})
+
+
+def sources_of(built: Built) -> dict[str, int]:
+    return dict(Counter(prepared["id"].partition(":")[0] for prepared in built.train + built.held_out))
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "kept"),
+    [
+        ([40, 40], [1, 1], [40, 40]),
+        ([40, 10], [1, 1], [10, 10]),
+        ([40, 40], [3, 1], [40, 13]),
+        ([40, 40, 7], [0.5, 0.25, None], [40, 20, 7]),
+        ([7, 30, 30], [None, 0.1, 0.3], [7, 10, 30]),
+        ([10, 30], [None, None], [10, 30]),
+        ([3, 40], [1000, 1], [3, 0]),
+    ],
+)
+def test_sources_are_mixed_by_weight(
+    smollm2: Path, tmp_path: Path, counts: list[int], weights: list[float | None], kept: list[int]
+) -> None:
+    built = mixed(tmp_path, smollm2, counts, weights)
+    assert sources_of(built) == {str(source): count for source, count in enumerate(kept) if count}
+    dropped = built.metrics["dropped"]
+    assert dropped.get("sampled_out") == (None if set(weights) == {None} else sum(counts) - sum(kept))
+    assert built.metrics["rows"]["in"] == sum(counts) == built.metrics["rows"]["out"] + sum(dropped.values())
+    ids = [tuple(map(int, prepared["id"].split(":"))) for prepared in built.train]
+    assert ids == sorted(set(ids))  # in source order, and none twice
+
+
+def test_what_is_sampled_depends_on_the_seed_alone(smollm2: Path, tmp_path: Path) -> None:
+    def ids(folder: str, seed: int, counts: list[int]) -> set[str]:
+        built = mixed(tmp_path / folder, smollm2, counts, [1, 1], seed=seed)
+        return {prepared["id"] for prepared in built.train if prepared["id"].startswith("0:")}
+
+    first = ids("first", 1, [30, 10])
+    assert first == ids("again", 1, [30, 10]) != ids("other", 2, [30, 10])
+    assert len(first & ids("more", 1, [31, 10])) >= 9  # a row more moves one
+
+
+def test_rows_are_sampled_once_the_others_are_dropped(smollm2: Path, tmp_path: Path) -> None:
+    """The proportion is that of the rows kept, whatever was dropped before."""
+    rows = [[row("", "a")] * 5 + [row(f"a {n}?") for n in range(10)], [row(f"b {n}?") for n in range(40)]]
+    folders = [data_folder(tmp_path / str(number), one) for number, one in enumerate(rows)]
+    sources = [{"source": "file", "path": "x", "weight": weight} for weight in (1, 2)]
+    told = {"data": data_settings(Data.model_validate({"sources": sources}), "pairs"), "seed": 1}
+    built = Built(tmp_path / "build", smollm2, *folders, settings=told)
+    assert sources_of(built) == {"0": 10, "1": 20}
+    assert {reason: n for reason, n in built.metrics["dropped"].items() if n} == {"empty": 5, "sampled_out": 20}
+
+
+def test_a_weighed_source_without_rows_is_an_error(smollm2: Path, tmp_path: Path) -> None:
+    says = r"^data\.sources\[1\]\.weight: is 2, and no row of this source is left to sample$"
+    with pytest.raises(DataError, match=says):
+        mixed(tmp_path, smollm2, [3, 2], [1, 2], filters=[{"column": "prompt", "not_in": ["b 0?", "b 1?"]}])
