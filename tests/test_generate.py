@@ -37,9 +37,11 @@ def test_sampling_depends_on_the_seed(smollm2: Path) -> None:
     assert sample(2) != first
 
 
-def test_min_p_of_1_leaves_the_likeliest_token_alone(smollm2: Path) -> None:
-    greedy = generate(smollm2, "Invent a name.", max_new_tokens=8, stream=False)
-    assert generate(smollm2, "Invent a name.", max_new_tokens=8, temperature=2.0, min_p=1.0, stream=False) == greedy
+def test_min_p_leaves_unlikely_tokens_out(smollm2: Path) -> None:
+    # Not compared with the greedy answer: in bf16 several tokens can be likeliest.
+    wild = {"max_new_tokens": 8, "temperature": 4.0, "stream": False}
+    assert "Paris" in generate(smollm2, QUESTION, min_p=1.0, **wild)
+    assert "Paris" not in generate(smollm2, QUESTION, **wild)
 
 
 def test_missing_model_is_told(tmp_path: Path) -> None:
