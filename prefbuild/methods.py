@@ -399,7 +399,8 @@ _PAIRS = (
 )
 _PROMPTS = (
     *(*_SHARED, "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl"),
-    *(f"completions.{key}" for key in ("mean_length", "clipped_ratio")),
+    *(f"completions.{key}_{of}" for key in ("mean", "min", "max") for of in ("length", "terminated_length")),
+    "completions.clipped_ratio",
     *(f"{when}.{key}" for when in ("step_0", "held_out") for key in ("reward", "mean_length", "clipped_ratio")),
 )
 TRAIN_METRICS: dict[str, tuple[str, ...]] = {
