@@ -117,6 +117,15 @@ def test_a_build_with_a_reward_of_ones_own(tmp_path: Path, tiny_model: Path) -> 
     output = run(root, "prefbuild", "reward", "sums", "--try", "--column", "chosen", "-n", "1")
     assert output.splitlines()[-1].split() == ["train.jsonl:1", "1", "-1", "0.5", '"3"']
 
+    tokens = RECIPE.replace(
+        "reward: numeric\n      column: rejected", "reward: length\n      target: 5\n      unit: tokens"
+    )
+    (root / "recipes/tokens.yaml").write_text(tokens.replace("[chosen, kind]", "[chosen, kind, rejected]"))
+    line = json.dumps({"prompt": "Name it.", "completion": "Paris France"})
+    output = run(root, "bash", "-c", f"echo '{line}' | prefbuild reward tokens --try")
+    assert output.splitlines()[-1].split()[:3] == ["stdin:1", "-3", "-12"]
+    (root / "recipes/tokens.yaml").unlink()
+
     (root / "recipes/own.py").write_text(OWN.replace("-len", "len"))
     changed = "recipes/own.py changed since it was locked; run `prefbuild lock`"
     assert changed in run(root, "dvc", "repro", "pipelines/sums/dvc.yaml:train", code=None)
