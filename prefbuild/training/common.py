@@ -4,6 +4,7 @@ A checkpoint counts only when its manifest, written last, agrees with its files:
 one without optimizer or random state, and end elsewhere without a word.
 """
 
+import functools
 import json
 import math
 import os
@@ -124,7 +125,10 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Health(settings))
-    if checkpoint:  # TRL 1.16 counts the tokens of a resumed run from 0
+    if checkpoint:
+        # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
+        trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
+        # TRL 1.16 counts the tokens of a resumed run from 0
         logged = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         trainer._total_train_tokens = int(max(entry.get("num_tokens", 0) for entry in logged))
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

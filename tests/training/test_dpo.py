@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_qlora_trains_on_four_bits_and_its_adapter_fits_the_plain_base(
         assert not torch.equal(pair(ids).logits, without)
         merged = pair(ids).logits
         assert torch.allclose(pair.merge_and_unload(safe_merge=True)(ids).logits, merged, atol=1e-4)
+
+
+def test_a_killed_qlora_run_goes_on_to_the_same_bytes(train: Train, tmp_path: Path) -> None:
+    settings = SIX_STEPS | {"quantization": "nf4", "save_steps": 4}
+    whole = train(**settings)
+    adapter = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "work/checkpoint-6")
+    again = train(**settings)
+    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == adapter
+    assert again["loss"] == whole["loss"]
 
 
 @pytest.mark.parametrize(
