@@ -147,13 +147,13 @@ def as_prepared(trainer_class: Any) -> Any:
     from torch.utils.data import Sampler
     from trl.trainer.utils import RepeatSampler
 
-    class EpochSampler(RepeatSampler):  # type: ignore[misc]
+    class EpochSampler(RepeatSampler):
         """Shuffles by seed and epoch. TRL's own goes on from the epoch before, which a resumed run never drew."""
 
         def set_epoch(self, epoch: int) -> None:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed(int(self.seed or 0) + epoch)
 
-    class PreparedPromptTrainer(trainer_class):  # type: ignore[misc]
+    class PreparedPromptTrainer(trainer_class):
         """Generates from the token ids of prepared rows."""
 
         prompts: Prompts
