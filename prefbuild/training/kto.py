@@ -84,6 +84,17 @@ def check_verdicts(path: Path, rows: list[Row], settings: KTO) -> None:
         )
 
 
+def check_held_out(path: Path, rows: list[Row]) -> None:
+    """Says it when held-out rows can't show a margin."""
+    if len({row["label"] for row in rows}) == 1:
+        kind = "good" if rows[0]["label"] else "bad"
+        print(
+            f"train: {path}: all {len(rows)} answers are {kind}, so there is no margin to measure "
+            "(held_out.rewards.margins); set data.held_out higher, or another seed",
+            file=sys.stderr,
+        )
+
+
 def train(
     settings: KTO,
     *,
@@ -136,6 +147,7 @@ def train(
     train_rows = read_rows(prepared / "train.jsonl", settings, seed)
     held_out_rows = read_rows(prepared / "held_out.jsonl", settings, seed)
     check_verdicts(prepared / "train.jsonl", train_rows, settings)
+    check_held_out(prepared / "held_out.jsonl", held_out_rows)
 
     # ---- train
     checkpoint = newest_checkpoint(work)

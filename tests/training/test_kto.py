@@ -10,7 +10,7 @@ from trained import answer_log_probs, batches, read_prepared, train, unpadded, w
 
 from prefbuild.errors import StageError
 from prefbuild.methods import KTO
-from prefbuild.training.kto import check_verdicts, read_rows, with_other_answers
+from prefbuild.training.kto import check_held_out, check_verdicts, read_rows, with_other_answers
 
 
 @pytest.fixture(scope="module")
@@ -131,4 +131,8 @@ def test_uneven_verdicts_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 good answers times desirable_weight are 0.25 times 8 bad ones" in said
     assert "desirable_weight: 4" in said
     check_verdicts(Path("rows"), rows, settings(desirable_weight=4.0))
+    check_held_out(Path("rows"), rows)
+    check_held_out(Path("rows"), [])
     assert capsys.readouterr().err == ""
+    check_held_out(Path("rows"), rows[:2])
+    assert "rows: all 2 answers are good, so there is no margin to measure" in capsys.readouterr().err
