@@ -315,15 +315,15 @@ def test_it_runs_by_hand_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with Hub(tmp_path / "hub") as hub:
         commit = hub.put("me/model", {"a": b"1"})
     command = [sys.executable, str(ROOT / "tests" / "hub.py"), str(tmp_path / "hub"), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stdout
+        assert process.stdout and process.stderr
         line = process.stdout.readline()
         assert line.startswith("export HF_ENDPOINT=http://127.0.0.1:") and f"HF_TOKEN={WRITE}" in line
         found = re.search(r"HF_ENDPOINT=(\S+)", line)
         assert found
         assert client(hub, 'answer(api.model_info("me/model").sha)', HF_ENDPOINT=found[1]) == commit
-        assert process.stdout.readline() == "GET /api/models/me/model me 200\n"
+        assert process.stderr.readline() == "GET /api/models/me/model me 200\n"
     finally:
         process.terminate()
         process.wait(timeout=10)
