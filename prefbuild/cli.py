@@ -143,6 +143,27 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-n", "--num-rows", type=int, default=3, help="rows to show (default: 3)")
 
     sub = command(
+        "reward",
+        _reward,
+        "score completions with a recipe's rewards, as training would",
+        """prefbuild reward my-grpo --try answers.jsonl -n 5
+  prefbuild reward my-grpo --try --column summary
+  echo '{"prompt": "6 times 7?", "completion": "42", "answer": "#### 42"}' | prefbuild reward my-grpo --try""",
+    )
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument(
+        "--try",
+        dest="given",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        required=True,
+        help="JSON Lines of {prompt, completion, and the columns that rewards read}; default: stdin",
+    )
+    sub.add_argument("--column", metavar="COLUMN", help="take the recipe's own rows, with completions in this column")
+    sub.add_argument("-n", "--num-rows", type=int, default=10, help="completions to score (default: 10)")
+
+    sub = command(
         "build",
         _build,
         "sync, dvc repro, and the verdict; fails when a gate does",
@@ -190,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--system", help="a system message")
     sub.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sub.add_argument("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest one's")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
     sub = command(
@@ -395,6 +417,15 @@ def _preview(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _reward(arguments: argparse.Namespace) -> int:
+    from prefbuild.reward import try_rewards
+
+    given = arguments.given if arguments.given == "-" else os.path.abspath(arguments.given)
+    options = {"num_rows": arguments.num_rows, "column": arguments.column}
+    print(try_rewards(_enter_project(), arguments.name, given, **options))
+    return 0
+
+
 def _build(arguments: argparse.Namespace) -> int:
     from prefbuild.build import build
     from prefbuild.runners import choose_runner
@@ -443,6 +474,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
+        min_p=arguments.min_p,
         seed=arguments.seed,
         stream=True,
     )

@@ -22,7 +22,8 @@ from typing import Any
 from prefbuild.errors import LockError, StageError
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.recipe import DPO, Recipe, known_recipes
+from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions
+from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
 from prefbuild.sources import node_id, title
@@ -442,6 +443,11 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
                 what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
             )
         )
+    if recipe.train.quantization and not gpus:
+        found = f"{recipe.train.quantization} without a GPU"
+        needed = "a GPU; a CPU unpacks every layer again for every batch, which is slow"
+        fix = "leave train.quantization out, if the machine's memory is large enough for the base as it is"
+        findings.append(Finding(what="quantization", state="warning", found=found, needed=needed, fix=fix))
     return findings
 
 
@@ -468,41 +474,53 @@ def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
 def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
     """Free memory (the largest GPU's, else the machine's) against the estimate for training."""
     bf16 = computes_in_bf16(recipe, gpus)
-    need = memory_need(recipe.train, shape, max_length=recipe.data.max_length, bytes_per_number=2 if bf16 else 4)
+    longest = longest_row(recipe)
+    need = memory_need(recipe.train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
     total, free = (max(g.total for g in gpus), max(g.free for g in gpus)) if gpus else machine_memory()
     where = "GPU memory" if gpus else "memory"
-    state = "missing" if shape.num_parameters * (2 if bf16 else 4) > total else "warning" if need > free else "ok"
+    weights = weight_bytes(recipe.train, shape, 2 if bf16 else 4)
+    state = "missing" if weights > total else "warning" if need > free else "ok"
     fix = "" if state == "ok" else (
         "lower train.per_device_train_batch_size and raise gradient_accumulation_steps as much,\n"
-        "lower data.max_length, or set train.gradient_checkpointing: true"
+        f"lower {'train.max_completion_length' if recipe.shape == 'prompts' else 'data.max_length'}, "
+        "or set train.gradient_checkpointing: true"
     )  # fmt: skip
     if state == "missing":
         fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
-    needed = f"up to {_gigabytes(need)} when every row is {recipe.data.max_length} tokens, roughly; {shape.source}"
+    needed = f"up to {_gigabytes(need)} when every row is {longest} tokens, roughly; {shape.source}"
     return Finding(
         what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix
     )
 
 
-def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
-    """Bytes that DPO with a LoRA adapter takes at most, roughly: the sum of
+def longest_row(recipe: Recipe) -> int:
+    """Tokens of the longest prompt and answer together."""
+    if isinstance(recipe.train, PromptOptions):
+        return recipe.data.max_prompt_length + recipe.train.max_completion_length
+    return recipe.data.max_length
 
-    weights       parameters x bytes (the reference is the same weights, without the adapter)
+
+def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
+    """Bytes that training a LoRA adapter takes at most, roughly: the sum of
+
+    weights       parameters x bytes, less when quantised (the reference is the same weights, without the adapter)
     adapter       its parameters x 16: float32 weights, gradients and Adam's two moments
-    activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = 2 x batch x max_length; with
-                  checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager attention is not counted.
-                  The numbers are SmolLM2-135M's, measured; PEFT keeps inputs in float32 beside the base's bf16.
+    activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = batch x max_length, and of pairs
+                  twice that; with checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager
+                  attention is not counted, nor what generation keeps while it samples (GRPO, RLOO).
+                  The numbers are SmolLM2-135M's, measured with DPO; PEFT keeps inputs in float32 beside bf16.
     logits        tokens x vocabulary x (bytes + 8): the logits, and log-probabilities and gradient in float32
     libraries     1 GB
     """
-    tokens = 2 * train.per_device_train_batch_size * max_length
+    sequences = 2 if SHAPES[train.method] == "pairs" else 1
+    tokens = sequences * train.per_device_train_batch_size * max_length
     layer = tokens * (16 * shape.hidden + 7 * shape.intermediate) * bytes_per_number
     if train.gradient_checkpointing:
         activations = tokens * shape.layers * shape.hidden * bytes_per_number + layer
     else:
         activations = shape.layers * layer
     return (
-        shape.num_parameters * bytes_per_number
+        weight_bytes(train, shape, bytes_per_number)
         + 16 * num_adapter_parameters(train, shape)
         + activations
         + tokens * shape.vocabulary * (bytes_per_number + 8)
@@ -510,7 +528,15 @@ def memory_need(train: DPO, shape: Shape, *, max_length: int, bytes_per_number: 
     )
 
 
-def num_adapter_parameters(train: DPO, shape: Shape) -> int:
+def weight_bytes(train: TrainOptions, shape: Shape, bytes_per_number: int) -> int:
+    """Bytes of the base. NF4 is 4 bits a weight and a float32 scale for each 64, of all but embeddings and lm_head."""
+    if train.quantization is None:
+        return shape.num_parameters * bytes_per_number
+    embeddings = min(2 * shape.vocabulary * shape.hidden, shape.num_parameters)
+    return embeddings * bytes_per_number + int((shape.num_parameters - embeddings) * (4 + 32 / 64) / 8)
+
+
+def num_adapter_parameters(train: TrainOptions, shape: Shape) -> int:
     """Weights of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
     return train.lora.r * shape.layers * (8 * shape.hidden + 3 * (shape.hidden + shape.intermediate))
 

@@ -14,12 +14,14 @@ def generate(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    min_p: float | None = None,
     seed: int = 0,
     stream: bool = True,
 ) -> str:
     """The model's answer, also written to stdout as it comes when `stream` is set.
 
-    Greedy at temperature 0, else sampled with `seed`. UsageError when there is no model, or it takes no such prompt.
+    Greedy at temperature 0, else sampled with `seed`, without tokens less likely than `min_p` of the likeliest one's.
+    UsageError when there is no model, or it takes no such prompt.
     """
     if not (model_dir / "config.json").exists():
         raise UsageError(f"{model_dir}: holds no model; build it with `dvc repro`")
@@ -45,7 +47,7 @@ def generate(
     model.to(device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
+        sampling = {"do_sample": True, "temperature": temperature, "min_p": min_p}
     set_seed(seed)
     ids = torch.tensor(tokenize(tokenizer, [text]), device=device)
     with torch.inference_mode():

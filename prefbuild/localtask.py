@@ -13,7 +13,12 @@ from prefbuild.artifact import digest_of, sha256_file
 from prefbuild.errors import StageError
 from prefbuild.taskfile import is_task_file, read_task
 
-SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+SPLITS = {
+    "train": "training_split",
+    "validation": "validation_split",
+    "test": "test_split",
+    "fewshot": "fewshot_split",
+}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 Measurement = dict[str, Any]
@@ -128,7 +133,7 @@ def _use_local_data(config: dict[str, Any], folder: Path, measurement: Measureme
     if fewshot.get("split") not in stands_in:
         fewshot.pop("split", None)
     config["fewshot_config"] = fewshot or None
-    for key in (*SPLITS.values(), "fewshot_split"):
+    for key in SPLITS.values():
         if config.get(key) not in stands_in:
             config[key] = None
     if not (config["test_split"] or config["validation_split"]):

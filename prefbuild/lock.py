@@ -12,13 +12,15 @@
       recipes/concise/concise.yaml:
         name: concise
         files: [{path, size, sha256}]     the YAML, what it includes, its data and its code
+    rewards:                      by path: Python files of a recipe's own rewards; left out while there are none
+      recipes/my_reward.py: {path, size, sha256}
     images:                       by role; left out while no image is pinned. Written by `prefbuild image`
       cpu:
         id: sha256:..                     the engine's image ID: the digest of the image's configuration
         repo_digest: name@sha256:..       the same image in a registry; null for one that is in none
 
-Covered: every file that a recipe, or a task YAML of the project, names. Not covered: files that a task's Python
-code opens or imports by itself.
+Covered: every file that a recipe, or a task YAML of the project, names. Not covered: files that the Python code of a
+task or a reward opens or imports by itself.
 """
 
 import re
@@ -29,6 +31,7 @@ from typing import Any
 from prefbuild import sources, yamlfile
 from prefbuild.artifact import sha256_file, write_atomic
 from prefbuild.errors import LockError, RecipeError, UsageError
+from prefbuild.methods import reward_files
 from prefbuild.recipe import ROLE, Recipe, Task
 from prefbuild.sources import file
 from prefbuild.taskfile import is_task_file, read_task
@@ -48,7 +51,7 @@ def read_lock(root: Path) -> Lock:
     """The project's lock; an empty one when there is no file. RecipeError says what is malformed, file and line."""
     path = root / LOCK
     if not path.exists():
-        return {"version": 1, "sources": {}, "tasks": {}, "images": {}}
+        return {"version": 1, "sources": {}, "tasks": {}, "rewards": {}, "images": {}}
     document = yamlfile.load(path)
     problem = _malformed(document.data)
     if problem:
@@ -62,7 +65,7 @@ def read_lock(root: Path) -> Lock:
     if problem:
         keys, what = problem
         raise RecipeError([f"{document.where(tuple(keys))}: {'.'.join(keys)}: {what}"])
-    lock: Lock = {**document.data, "images": images}
+    lock: Lock = {**document.data, "rewards": document.data.get("rewards", {}), "images": images}
     return lock
 
 
@@ -85,6 +88,7 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None,
     chosen = recipes if names is None else {name: recipes[name] for name in names}
     entries: dict[str, Entry] = {}
     tasks: dict[str, Entry] = {}
+    rewards: dict[str, Entry] = {}
     lines: list[str] = []
     for name, recipe in chosen.items():
         for source in _sources(recipe):
@@ -96,8 +100,11 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None,
             key = task_key(task)
             if key not in tasks:
                 tasks[key] = _pin_task(root, name, task, old["tasks"].get(key), lines)
-    new: Lock = {"version": 1, "sources": entries, "tasks": tasks, "images": old["images"]}
-    for kind in ("sources", "tasks"):
+        for path in reward_files(recipe.train):
+            if path not in rewards:
+                rewards[path] = _pin_reward(root, name, path, old["rewards"].get(path), lines)
+    new: Lock = {"version": 1, "sources": entries, "tasks": tasks, "rewards": rewards, "images": old["images"]}
+    for kind in ("sources", "tasks", "rewards"):
         rest = {key: entry for key, entry in old[kind].items() if key not in new[kind]}
         if names is None:
             lines += [f"dropped {entry.get('title', key)}: no recipe refers to it" for key, entry in rest.items()]
@@ -148,8 +155,16 @@ def locked_task(lock: Lock, task: Task, *, name: str = "") -> Entry:
     return entry
 
 
+def locked_reward(lock: Lock, path: str, *, name: str = "") -> Entry:
+    """The entry of a reward's Python file. LockError when it is not pinned; `name` is the recipe to tell to lock."""
+    if path not in lock["rewards"]:
+        raise LockError(f"reward {path} is not pinned; run `{_command(name)}`")
+    entry: Entry = lock["rewards"][path]
+    return entry
+
+
 def check_local(root: Path, lock: Lock, recipe: Recipe, *, name: str = "") -> list[str]:
-    """A line for every local file or task of a recipe that is not what was locked. Sizes are compared first."""
+    """A line for every local file, task or reward of a recipe that is not what was locked. Sizes are compared first."""
     problems: list[str] = []
     for source in _sources(recipe):
         if source["source"] != "file":
@@ -171,6 +186,11 @@ def check_local(root: Path, lock: Lock, recipe: Recipe, *, name: str = "") -> li
         if task_name != entry["name"]:
             problems.append(f"{task.task} changed since it was locked; run `{_command(name)}`")
         problems += _differing({path: root / path for path in files}, {e["path"]: e for e in entry["files"]}, name)
+    for path in reward_files(recipe.train):
+        try:
+            problems += _differing(_found(root, path), {path: locked_reward(lock, path, name=name)}, name)
+        except LockError as error:
+            problems.append(str(error))
     return list(dict.fromkeys(problems))
 
 
@@ -182,8 +202,9 @@ def task_key(task: Task) -> str:
 
 
 def _write(root: Path, lock: Lock) -> None:
-    # No empty `images`, so that locks from before there were images keep their bytes.
-    write_atomic(root / LOCK, HEADER + yamlfile.dump({k: v for k, v in lock.items() if k != "images" or v}))
+    # None that is empty of what locks once did not have, so that those keep their bytes.
+    later = ("rewards", "images")
+    write_atomic(root / LOCK, HEADER + yamlfile.dump({k: v for k, v in lock.items() if k not in later or v}))
 
 
 def _command(name: str) -> str:
@@ -236,6 +257,25 @@ def _pin_task(root: Path, recipe: str, task: Task, old: Entry | None, lines: lis
             lines.append(f"changed {task.task}: the task's name {old['name']} -> {name}")
         lines += _changes({e["path"]: e for e in old["files"]}, {e["path"]: e for e in entry["files"]})
     return entry
+
+
+def _pin_reward(root: Path, recipe: str, path: str, old: Entry | None, lines: list[str]) -> Entry:
+    if path not in _found(root, path):
+        raise RecipeError(
+            [f"recipes/{recipe}.yaml: train.rewards: {path}: no such file, or a link; put the file there"]
+        )
+    entry = file.describe(root / path, path)
+    if old is None:
+        lines.append(f"pinned reward {path} ({_amount([entry])})")
+    else:
+        lines += _changes({path: old}, {path: entry})
+    return entry
+
+
+def _found(root: Path, path: str) -> dict[str, Path]:
+    """A plain file by its path; empty when there is none, or it is reached through a link."""
+    where = root / path
+    return {path: where} if where.is_file() and where.resolve() == root.resolve() / path else {}
 
 
 def _task_files(root: Path, recipe: str, task: Task) -> tuple[str, list[str]]:
@@ -309,7 +349,13 @@ def _malformed(data: Any) -> tuple[list[str], str] | None:
             reference = entry.get("reference")
             if isinstance(reference, dict) and reference.get("source") == "hub" and "commit" not in entry:
                 return [kind, key], "has no commit"
-    unknown = set(data) - {"version", "sources", "tasks", "images"}
+    rewards = data.get("rewards", {})
+    if not isinstance(rewards, dict):
+        return ["rewards"], "holds no entries"
+    for path, entry in rewards.items():
+        if not _is_pin(entry) or entry["path"] != path:
+            return ["rewards", str(path)], "is not a path, size and sha256"
+    unknown = set(data) - {"version", "sources", "tasks", "rewards", "images"}
     return ([min(unknown, key=str)], "is not a key of the lock") if unknown else None
 
 

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.rows import reasons
+from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
 
 if TYPE_CHECKING:
@@ -27,20 +30,6 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 RESERVED_NAMES = ("base", "baselines", "data", "models", "report")
-
-
-class Strict(BaseModel):
-    """A frozen section that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class _Wrong(ValueError):
-    """A rule between several keys is broken; `key` is the one that the message points at."""
-
-    def __init__(self, key: str, text: str):
-        self.key = key
-        super().__init__(text)
 
 
 def _safe_path(path: str) -> str:
@@ -150,7 +139,28 @@ class HubModel(HubSource, ModelOptions):
     )
 
 
-class HubData(HubSource):
+class DataOptions(Strict):
+    """What is said of a source of rows, whatever it is."""
+
+    # No part of a dump: it says what is done with the rows, and not what is fetched.
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        exclude=True,
+        description="Rows of sources with a weight are sampled, none twice, so that those kept are in proportion to the "
+        "weights. Default: all rows once.",
+    )
+
+
+class FileData(DataOptions, FileSource):
+    """A file or folder of rows on this machine."""
+
+
+class WheelData(DataOptions, WheelSource):
+    """Rows inside a package on the index."""
+
+
+class HubData(DataOptions, HubSource):
     """Files of rows in a data set on the Hub. No script of a data set is run."""
 
     config: str | None = Field(
@@ -164,7 +174,7 @@ class HubData(HubSource):
     def _named_once(self) -> "HubData":
         for key in ("config", "split"):
             if self.files is not None and getattr(self, key) is not None:
-                raise _Wrong(key, "says which rows, and files too; give one of them")
+                raise Wrong(key, "says which rows, and files too; give one of them")
         return self
 
 
@@ -173,7 +183,7 @@ class RecipeModel(RecipeSource):
 
 
 Base = Annotated[Union[FileModel, WheelModel, HubModel, RecipeModel], Field(discriminator="source")]
-DataSource = Annotated[Union[FileSource, WheelSource, HubData], Field(discriminator="source")]
+DataSource = Annotated[Union[FileData, WheelData, HubData], Field(discriminator="source")]
 
 
 # ---- data
@@ -186,6 +196,30 @@ class Columns(Strict):
     prompt: str = Field(default="prompt", description="Column of the prompt: text, or the messages before the answer.")
     chosen: str = Field(default="chosen", description="Column of the preferred answer: text or assistant messages.")
     rejected: str = Field(default="rejected", description="Column of the other answer: text or assistant messages.")
+    completion: str = Field(
+        default="completion", description="Column of the one answer (sft, kto): text or assistant messages."
+    )
+    label: str = Field(default="label", description="Column that says whether the answer is good (kto): true or false.")
+    messages: str | None = Field(
+        default=None,
+        description="Column of whole conversations, instead of prompt and completion (sft, kto, grpo, rloo): the last "
+        "assistant messages are the answer, and those before them the prompt.",
+    )
+
+
+# The columns that a row of each shape is read from.
+SHAPE_COLUMNS = {
+    "pairs": ("system", "prompt", "chosen", "rejected"),
+    "answers": ("system", "prompt", "completion", "messages"),
+    "labelled": ("system", "prompt", "completion", "messages", "label"),
+    "prompts": ("system", "prompt", "messages"),
+}
+# Where the columns of a format are, unless the recipe says otherwise.
+FORMAT_COLUMNS = {
+    "hh": {},
+    "sharegpt": {"prompt": "conversations", "messages": "conversations"},
+    "openai": {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+}
 
 
 class Filter(Strict):
@@ -200,17 +234,23 @@ class Filter(Strict):
     @model_validator(mode="after")
     def _has_a_condition(self) -> "Filter":
         if self.in_ is None and self.not_in is None and self.min is None and self.max is None:
-            raise _Wrong("column", "keeps every row; give in, not_in, min or max")
+            raise Wrong("column", "keeps every row; give in, not_in, min or max")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), which drops every row; swap them")
+            raise Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), which drops every row; swap them")
         return self
 
 
 class Data(Strict):
-    """Rows, how they become prompt/chosen/rejected, and which are kept."""
+    """Rows, how they become prompts and answers, and which are kept."""
 
     sources: list[DataSource] = Field(min_length=1, description="Files of rows, read in this order.")
     columns: Columns = Field(default_factory=Columns, description="Which column holds what.")
+    format: Literal["hh", "sharegpt", "openai"] | None = Field(
+        default=None,
+        description="How conversations are written, if not as {role, content}. hh: text with Human: and Assistant: before "
+        "each turn, the prompt in chosen and rejected alike. sharegpt: lists of {from, value}, in conversations. "
+        "openai: input, preferred_output and non_preferred_output.",
+    )
     ignore: list[str] = Field(
         default=[], description="Columns that are used nowhere, named so that none is lost by oversight."
     )
@@ -221,7 +261,9 @@ class Data(Strict):
         description="A row that is no object, lacks a column or holds a wrong type: fail, or drop and count.",
     )
     max_prompt_length: int = Field(default=512, ge=1, description="Tokens; rows with a longer prompt are dropped.")
-    max_length: int = Field(default=1024, ge=2, description="Tokens of prompt and answer together.")
+    max_length: int = Field(
+        default=1024, ge=2, description="Tokens of prompt and answer together. Not of methods that train on prompts."
+    )
     on_too_long: Literal["truncate", "drop"] = Field(
         default="truncate",
         description="An answer over max_length is cut (losing its end-of-turn token), or its row dropped.",
@@ -229,94 +271,65 @@ class Data(Strict):
     held_out: Fraction = Field(default=0.0, lt=1, description="Part of the prompts kept from training to measure on.")
 
     @model_validator(mode="after")
-    def _lengths(self) -> "Data":
-        if self.max_prompt_length >= self.max_length:
-            key = "max_prompt_length" if "max_prompt_length" in self.model_fields_set else "max_length"
-            raise _Wrong(
-                key,
-                f"leaves no room for an answer: max_prompt_length is {self.max_prompt_length} and max_length "
-                f"{self.max_length}; give a max_length well above max_prompt_length",
-            )
+    def _several_weights(self) -> "Data":
+        weighed = [i for i, source in enumerate(self.sources) if source.weight is not None]
+        if len(weighed) == 1:
+            says = "says nothing alone: rows are sampled in proportion to other weights; give another source one too"
+            raise Wrongs([(("sources", weighed[0], "weight"), says)])
         return self
 
-
-# ---- train
-
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"]
-
-
-class Lora(Strict):
-    """PEFT's LoraConfig."""
-
-    r: int = Field(default=16, ge=1, description="Rank.")
-    lora_alpha: int = Field(default=16, ge=1, description="Scale: updates are multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout; DPO switches it off unless disable_dropout is false."
-    )
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        default="all-linear", description="`all-linear`, or names such as q_proj. lm_head can't be trained by DPO."
-    )
-    use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r).")
-    use_dora: bool = Field(default=False, description="Weight-decomposed LoRA.")
-
-
-class DPO(Strict):
-    """Direct preference optimisation with TRL's DPOTrainer (Rafailov et al. 2023, arXiv 2305.18290)."""
-
-    method: Literal["dpo"] = Field(description="How it is trained; `dpo` is direct preference optimisation.")
-    loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="TRL's DPO losses, summed.")
-    loss_weights: list[float] | None = Field(default=None, description="One weight a loss. Default: 1 each.")
-    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped (robust, exo_pair, sigmoid)."
-    )
-    learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
-    lr_scheduler_type: Scheduler = Field(default="cosine", description="Shape of the learning rate over the run.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps. Give this or num_train_epochs.")
-    num_train_epochs: float | None = Field(default=None, gt=0, description="Passes over the rows. Default: 1.")
-    per_device_train_batch_size: int = Field(default=8, ge=1, description="Pairs a device takes at once.")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches a step.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, a third slower."
-    )
-    optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"
-    ] = Field(
-        default="adamw_torch", description="Optimizer. The paged and 8-bit ones are bitsandbytes' and need a GPU."
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    disable_dropout: bool = Field(default=True, description="No dropout while training, as TRL has it.")
-    lora: Lora = Field(default_factory=Lora, description="The adapter.")
-    precision: Literal["auto", "bf16", "float32"] = Field(
-        default="auto", description="Arithmetic. auto: bf16 where the machine computes in it, else float32."
-    )
-    deterministic: bool = Field(default=True, description="The same machine gives the same bytes; costs 10 % on a GPU.")
-    logging_steps: int = Field(default=1, ge=1, description="Steps between two logged points.")
-    save_steps: int = Field(default=20, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
+    @property
+    def sampled(self) -> bool:
+        """Whether rows are sampled by the weights of their sources."""
+        return any(source.weight is not None for source in self.sources)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "DPO":
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            have, want = len(self.loss_weights), len(self.loss_type)
-            raise _Wrong("loss_weights", f"has {have} numbers for {want} losses; give one weight a loss")
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise _Wrong("max_steps", "says how long to train, and num_train_epochs too; give one")
-        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise _Wrong("loss_type", "exo_pair needs label_smoothing above 0; 1e-3 is usual")
+    def _lengths(self) -> "Data":
+        # Where max_length is not said, it depends on the method whether there is one: Recipe looks.
+        if "max_length" in self.model_fields_set and (problem := room_problem(self)):
+            raise Wrong(*problem)
         return self
 
 
-Train = DPO  # a union discriminated by `method` as methods arrive
+def room_problem(data: Data) -> tuple[str, str] | None:
+    """The key and message where prompt and answer can't both have their length."""
+    if data.max_prompt_length < data.max_length:
+        return None
+    return (
+        "max_prompt_length" if "max_prompt_length" in data.model_fields_set else "max_length",
+        f"leaves no room for an answer: max_prompt_length is {data.max_prompt_length} and max_length "
+        f"{data.max_length}; give a max_length well above max_prompt_length",
+    )
+
+
+def columns_read(data: Data, shape: str) -> dict[str, str | None]:
+    """The columns that rows of a shape are read from."""
+    said = data.columns.model_dump(exclude_unset=True, exclude_none=True)
+    columns = data.columns.model_dump() | FORMAT_COLUMNS.get(data.format or "", {}) | said
+    keys = list(SHAPE_COLUMNS[shape])
+    if shape == "pairs":
+        lacking = ["prompt"] if data.format == "hh" else []
+    else:
+        lacking = ["messages"] if columns["messages"] is None else ["prompt", "completion"]
+    return {key: columns[key] for key in keys if key not in lacking}
+
+
+def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str, Any]:
+    """What stage prepare is told of `data:`, for rows of a shape: nothing that says nothing to them.
+
+    `keep` are the columns that rewards read.
+    """
+    told = data.model_dump(mode="json", by_alias=True, exclude={"sources"})
+    told["columns"] = columns_read(data, shape)
+    told["shape"] = shape
+    if data.format is None:
+        del told["format"]
+    if data.sampled:
+        told["weights"] = [source.weight for source in data.sources]
+    if shape == "prompts":
+        del told["max_length"], told["on_too_long"]
+        told["keep"] = list(keep)
+    return told
 
 
 # ---- merge, evaluate
@@ -336,8 +349,10 @@ class Task(Strict):
     """One lm-evaluation-harness task and how it is asked."""
 
     task: str = Field(description="A task YAML of this project (recipes/x/y.yaml), or the name of a stock task.")
-    data: dict[Literal["train", "validation", "test"], FilePath] | None = Field(
-        default=None, description="Local files that stand in for a stock task's data set, by split."
+    data: dict[Literal["train", "validation", "test", "fewshot"], FilePath] | None = Field(
+        default=None,
+        description="Local files that stand in for a stock task's data set, by split. fewshot: where the task takes its "
+        "examples from, if that is none of the others, as MMLU's dev.",
     )
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples in the prompt. Default: the task's own.")
     limit: int | None = Field(default=None, ge=1, description="Only the first so many documents.")
@@ -409,38 +424,28 @@ def seconds(duration: str) -> float:
 
 # ---- gates, promote
 
-# The numbers that a gate can ask for, besides evaluate.<task>.<metric>
-_REWARDS = ("rewards.chosen", "rewards.rejected", "rewards.margins", "rewards.accuracies")
-METRICS = {
-    "prepare": (
-        *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
-        *(f"dropped.{key}" for key in ("broken", "filtered", "empty", "identical_pair", "duplicate")),
-        *(f"dropped.{key}" for key in ("special_token", "prompt_too_long", "too_long")),
-        *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in ("chosen", "rejected")),
-        *(f"tokens.{key}.{n}" for key in ("prompt", "chosen", "rejected") for n in ("mean", "p50", "p95", "max")),
-        "boundary_differs",
-    ),
-    "train": (
-        *("loss", "steps", *_REWARDS, "logps.chosen", "logps.rejected", "grad_norm"),
-        *("held_out.loss", *(f"held_out.{key}" for key in _REWARDS), "step_0.loss", "step_0.margins"),
-        *("seconds", "tokens"),
-    ),
-    "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
-}
 
-
-def _known_metric(metric: str) -> str:
-    """Refuse a number that no prepare, train or merge stage writes."""
-    stage, _, key = metric.partition(".")
-    if stage in METRICS and key not in METRICS[stage]:
-        raise ValueError(f"is no metric; {_did_you_mean(key, METRICS[stage], prefix=stage + '.')}")
-    return metric
+def metrics(shape: str, train: Train, *, sampled: bool = False) -> dict[str, tuple[str, ...]]:
+    """The numbers that a gate can ask for, by stage, besides evaluate.<task>.<metric>."""
+    answers = PARTS[shape][1:]
+    return {
+        "prepare": (
+            *(f"rows.{key}" for key in ("in", "out", "train", "held_out")),
+            *(f"dropped.{reason}" for reason in reasons(shape, sampled=sampled)),
+            *(f"{count}.{key}" for count in ("truncated", "end_of_turn_lost") for key in answers),
+            *(f"tokens.{key}.{n}" for key in PARTS[shape] for n in ("mean", "p50", "p95", "max")),
+            *(("labels.true", "labels.false") if shape == "labelled" else ()),
+            *(("boundary_differs",) if answers else ()),
+        ),
+        "train": train_metrics(train),
+        "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
+    }
 
 
 class Gate(Strict):
     """A rule that a metric must satisfy for the model to be promoted."""
 
-    metric: Annotated[str, AfterValidator(_known_metric)] = Field(
+    metric: str = Field(
         pattern=r"^(prepare|train|merge|evaluate)\.[^\s.][^\s]*$",
         description="`<stage>.<key>`, as in evaluate.concise.exact_match or prepare.dropped.empty.",
     )
@@ -459,16 +464,16 @@ class Gate(Strict):
     @model_validator(mode="after")
     def _has_a_rule(self) -> "Gate":
         if self.min is None and self.max is None and self.min_delta is None and self.max_drop is None:
-            raise _Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
+            raise Wrong("metric", "anything satisfies this gate; give min, max, min_delta or max_drop")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), so nothing passes; swap them")
+            raise Wrong("min", f"is above max ({show(self.max).removesuffix('.0')}), so nothing passes; swap them")
         compares = "min_delta" if self.min_delta is not None else "max_drop" if self.max_drop is not None else None
         if compares is None and "against" in self.model_fields_set:
-            raise _Wrong("against", "says nothing without min_delta or max_drop; give one of them")
+            raise Wrong("against", "says nothing without min_delta or max_drop; give one of them")
         if compares is None and self.confidence is not None:
-            raise _Wrong("confidence", "says nothing without min_delta or max_drop; give one of them")
+            raise Wrong("confidence", "says nothing without min_delta or max_drop; give one of them")
         if compares is not None and not self.metric.startswith("evaluate."):
-            raise _Wrong(compares, "compares evaluate.* metrics, which other models have too; give min or max here")
+            raise Wrong(compares, "compares evaluate.* metrics, which other models have too; give min or max here")
         return self
 
 
@@ -484,7 +489,7 @@ class PromoteOptions(Strict):
     @model_validator(mode="after")
     def _publishes_something(self) -> "PromoteOptions":
         if not (self.adapter or self.merged):
-            raise _Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
+            raise Wrong("merged", "is false, and adapter too, which publishes nothing; set one of them")
         return self
 
 
@@ -521,6 +526,67 @@ class Recipe(Strict):
     gates: list[Gate] = Field(min_length=1, description="What the metrics must show before the model may be promoted.")
     promote: Promote | None = Field(default=None, description="Where it is published. Left out: it can't be.")
     compute: Compute = Field(default_factory=Compute, description="What its stages get: GPUs, an image, limits.")
+
+    @model_validator(mode="after")
+    def _suits_its_method(self) -> "Recipe":
+        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train, self.data)]:
+            raise Wrongs(problems)
+        return self
+
+    @property
+    def shape(self) -> str:
+        """What a row must have for the method."""
+        return SHAPES[self.train.method]
+
+
+def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
+    """What `data:` says that the method can't use."""
+    method, shape = train.method, SHAPES[train.method]
+    columns = data.columns
+    said = {key: column for key in columns.model_fields_set if (column := getattr(columns, key)) is not None}
+    for key in (key for key in Columns.model_fields if key in said):
+        if key not in SHAPE_COLUMNS[shape]:
+            hint = (
+                f", or write completion: {said[key]} to train on it" if key == "chosen" and shape == "answers" else ""
+            )
+            yield (
+                ("data", "columns", key),
+                f"is not read by {method}, which reads {_and(SHAPE_COLUMNS[shape])}; remove it{hint}",
+            )
+        elif key in ("prompt", "completion") and shape != "pairs" and key not in columns_read(data, shape):
+            whole = "messages" if "messages" in said else f"format: {data.format}"
+            yield ("data", "columns", key), f"says where a part is, and {whole} has the whole; give one of them"
+        elif key not in columns_read(data, shape):
+            yield ("data", "columns", key), f"is not read with format: {data.format}, whose answers hold it; remove it"
+    if data.format == "openai" and shape != "pairs":
+        yield ("data", "format"), f"is of pairs, and {method} trains on {shape}; remove it, and map the columns"
+    if data.format == "hh" and shape != "pairs" and columns.messages is None:
+        yield ("data", "format"), "needs the column of the transcripts; write columns: {messages: chosen}, say"
+    if shape != "prompts":
+        if "max_length" not in data.model_fields_set and (problem := room_problem(data)):
+            yield ("data", problem[0]), problem[1]
+        return
+    for key in ("max_length", "on_too_long"):
+        if key in data.model_fields_set:
+            yield (
+                ("data", key),
+                f"says nothing to {method}, which trains on prompts and writes the answers itself; remove it: "
+                "max_prompt_length limits prompts",
+            )
+
+
+def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
+    """Gates on numbers that no prepare, train or merge stage of the method writes."""
+    known = metrics(SHAPES[train.method], train, sampled=data.sampled)
+    for i, gate in enumerate(gates):
+        stage, _, key = gate.metric.partition(".")
+        if stage in known and key not in known[stage]:
+            elsewhere = stage == "train" and any(key in keys for keys in TRAIN_METRICS.values())
+            yield (
+                ("gates", i, "metric"),
+                f"{show(gate.metric)} is no metric{f' of {train.method}' * elsewhere}; "
+                f"{_did_you_mean(key, known[stage], prefix=stage + '.')}",
+            )
 
 
 class EvaluateDefaults(Strict):
@@ -748,6 +814,15 @@ OTHER_KEYS = {
     "files": "data.sources",
     "torch_dtype": "base.dtype",
     "prompt_column": "data.columns.prompt",
+    "proportion": "data.sources.weight",
+    "probability": "data.sources.weight",
+    "mix": "data.sources.weight",
+    "response": "data.columns.completion",
+    "answer": "data.columns.completion",
+    "output": "data.columns.completion",
+    "conversations": "data.columns.messages",
+    "conversation": "data.columns.messages",
+    "messages_column": "data.columns.messages",
     "eval_split": "data.held_out",
     "test_size": "data.held_out",
     "val_size": "data.held_out",
@@ -843,7 +918,7 @@ OTHER_KEYS = {
 # Names that have no place here, and what to do instead
 _TOP_NAME = "a recipe is named by its file; remove it"
 _PRECISION = "write precision: bf16 (or auto, or float32)"
-_QUANTISED = "quantised training does not exist here yet; remove it"
+_QUANTISED = "write train.quantization: nf4, the one kind there is"
 _HUB = "training publishes nothing; write promote: {to: hub, repo: owner/name}"
 NOT_HERE = {
     "recipe.name": _TOP_NAME,
@@ -861,7 +936,7 @@ NOT_HERE = {
     "ref_model_name": "the reference is the base without its adapter; remove it",
     "reference_free": "TRL dropped it; remove it",
     "rpo_alpha": "TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
-    "warmup_ratio": "transformers dropped it; write warmup_steps",
+    "warmup_ratio": "transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",
     "max_completion_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "max_target_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "generate_during_eval": "TRL dropped it; evaluate.tasks measures answers",
@@ -871,7 +946,6 @@ NOT_HERE = {
     "tf32": _PRECISION,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "quantization": _QUANTISED,
     "quantization_config": _QUANTISED,
     "qlora": _QUANTISED,
     "use_peft": "an adapter is always trained; remove it, and see train.lora",
@@ -896,8 +970,11 @@ SECRET_KEY = re.compile(
 # Values that other tools use, by key
 _METHOD = "that method does not exist here yet"
 OTHER_VALUES = {
-    **{("method", name): _METHOD for name in ("sft", "kto", "grpo", "orpo", "cpo", "simpo", "rloo", "ppo", "reward")},
-    **{("loss_type", name): f"{_METHOD}" for name in ("simpo", "orpo", "cpo", "kto")},
+    **{("method", name): _METHOD for name in ("ppo", "reward", "online_dpo", "gkd")},
+    ("method", "cpo"): "SimPO is TRL's CPO with its own loss, write method: simpo",
+    ("method", "ipo"): "write method: dpo with loss_type: [ipo]",
+    **{("loss_type", name): f"it is a method of its own, write method: {name}" for name in ("simpo", "orpo", "kto")},
+    ("loss_type", "cpo"): "SimPO is TRL's CPO with its own loss, write method: simpo",
     ("loss_type", "dpo"): "DPO's own loss is sigmoid, write loss_type: [sigmoid]",
     ("loss_type", "rpo"): "write loss_type: [sigmoid, sft] with loss_weights",
     ("loss_type", "kto_pair"): "TRL dropped it; apo_zero and sigmoid are near",
@@ -999,7 +1076,11 @@ def _explain(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[L
             for loc in (other.loc for other, _ in errors)
         ):
             continue  # the branch that was meant says more
-        yield _say(model, place, one)
+        wrong = one.get("ctx", {}).get("error")
+        if isinstance(wrong, Wrongs):
+            yield from (((*place.loc, *path), what) for path, what in wrong.problems)
+        else:
+            yield _say(model, place, one)
 
 
 def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[Loc, str]:
@@ -1039,7 +1120,7 @@ def _say(model: type[BaseModel], place: _Place, error: "ErrorDetails") -> tuple[
             return loc, f"is {kind(value)}; wanted: {_first_sentence(field)}"
         case "value_error":
             wrong = context["error"]
-            if isinstance(wrong, _Wrong):
+            if isinstance(wrong, Wrong):
                 return (*loc, wrong.key), str(wrong)
             return loc, f"{show(value)} {wrong}"
     if isinstance(value, str) and (key, value.lower()) in OTHER_VALUES:
@@ -1068,9 +1149,9 @@ def _fix(value: Any, wanted: Any) -> str:
         return ", write it in quotes"
     if wanted is int and isinstance(value, float) and value.is_integer():
         return f", write {value:.0f}"
-    if wanted in (int, float) and isinstance(value, str) and len(value) < 20:
+    if set(types_wanted) <= {int, float} and isinstance(value, str) and len(value) < 20:
         text = re.sub("(?<=[0-9])[_,](?=[0-9])", "", value)
-        return f", write {text} without quotes" if type(yamlfile.plain(text)) in (int, wanted) else ""
+        return f", write {text} without quotes" if type(yamlfile.plain(text)) in (int, *types_wanted) else ""
     if wanted is bool and str(value).lower() in ("true", "yes", "on", "y", "1"):
         return ", write true"
     if wanted is bool and str(value).lower() in ("false", "no", "off", "n", "0"):
@@ -1093,6 +1174,11 @@ def _words(wanted: Any) -> str:
     return "a section"
 
 
+def _and(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
 def _either(words: Iterable[str]) -> str:
     *rest, last = words
     return f"{', '.join(rest)} or {last}" if rest else last
@@ -1102,6 +1188,8 @@ def _unknown_value(key: str, value: object, known: Iterable[str]) -> str:
     known = list(known)
     if not isinstance(value, str):
         return f"is {kind(value)}; {_words(Literal[tuple(known)])} is wanted"
+    if key == "reward" and value.endswith(".py"):
+        return f"{show(value)} is a file; write reward: file, path: {show(value)[1:-1]} and the name of its function"
     if likely := OTHER_VALUES.get((key, value.lower())):
         return f"{show(value)} is not known; {likely} (known: {', '.join(known)})"
     return f"{show(value)} is not known; {_did_you_mean(value.lower(), known, all_known=True)}"
@@ -1171,6 +1259,10 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
+def _is_literal(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
 def _is_model(annotation: Any) -> bool:
     return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
@@ -1179,8 +1271,10 @@ def _discriminated(union: Any) -> tuple[str, dict[str, type[BaseModel]]]:
     """The key that tells a union's models apart, and the models by its value."""
     models = get_args(union)
     shared = [key for key in models[0].model_fields if all(key in model.model_fields for model in models)]
-    values = {key: [get_args(_bare(model.model_fields[key].annotation)) for model in models] for key in shared}
-    tag = next(key for key in shared if all(len(value) == 1 for value in values[key]))
+    bare = {key: [_bare(model.model_fields[key].annotation) for model in models] for key in shared}
+    values = {key: [get_args(one) for one in ones] for key, ones in bare.items() if all(map(_is_literal, ones))}
+    # One value each, and each another: what all have in common tells nothing apart.
+    tag = next(key for key in values if len({value for value in values[key] if len(value) == 1}) == len(models))
     return tag, {value: model for (value,), model in zip(values[tag], models, strict=True)}
 
 

@@ -16,7 +16,18 @@ from typing import Any
 from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, write_atomic
 from prefbuild.errors import LockError, UsageError
-from prefbuild.recipe import Compute, Defaults, Recipe, Task, load_defaults, load_recipes, seconds, size_bytes
+from prefbuild.methods import reward_columns, reward_files
+from prefbuild.recipe import (
+    Compute,
+    Defaults,
+    Recipe,
+    Task,
+    data_settings,
+    load_defaults,
+    load_recipes,
+    seconds,
+    size_bytes,
+)
 from prefbuild.sources import node_id, title
 
 STAGE_VERSIONS = {
@@ -110,7 +121,8 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
             resolved[path] = {"data": _fetch_section("data", data_id, source.model_dump(mode="json"), pin)}
             computes.setdefault(path, []).append(recipe.compute)
         path = resolved_path("prepare", name)
-        resolved[path] = _recipe_sections(project, name, recipe, base_id, measurements)
+        rewards = [pin(locks.locked_reward, file) for file in reward_files(recipe.train)]
+        resolved[path] = _recipe_sections(project, name, recipe, base_id, measurements, rewards)
         computes[path] = [recipe.compute]
 
     for base_id, users in measured.items():
@@ -223,11 +235,18 @@ def _task_files(measurements: list[dict[str, Any]]) -> list[str]:
 
 
 def _recipe_sections(
-    project: Project, name: str, recipe: Recipe, base_id: str, measurements: list[dict[str, Any]]
+    project: Project,
+    name: str,
+    recipe: Recipe,
+    base_id: str,
+    measurements: list[dict[str, Any]],
+    rewards: list[dict[str, Any]],
 ) -> dict[str, Section]:
     out = f"build/{name}"
     model = _base_path(recipe, base_id)
     data = [f"build/data/{node_id(source.model_dump(mode='json'))}" for source in recipe.data.sources]
+    # Left out where there are none, so that other recipes' sections keep their bytes.
+    reward_inputs = {"rewards": files} if (files := reward_files(recipe.train)) else {}
     rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
     judged: dict[str, Any] = {
         "prepare": f"{out}/prepare.json",
@@ -247,21 +266,22 @@ def _recipe_sections(
             "prepare",
             inputs={"model": model, "data": data},
             outputs={"prepared": judged["prepared"], "metrics": judged["prepare"], "lengths": f"{out}/lengths.csv"},
-            data=recipe.data.model_dump(mode="json", by_alias=True, exclude={"sources"}),
+            data=data_settings(recipe.data, recipe.shape, reward_columns(recipe.train)),
             seed=recipe.seed,
         ),
         "train": _section(
             "train",
-            inputs={"model": model, "prepared": judged["prepared"]},
+            inputs={"model": model, "prepared": judged["prepared"], **reward_inputs},
             outputs={
                 "adapter": judged["adapter"],
                 "metrics": judged["train"],
                 "plots": f"{out}/live/plots/metrics",
                 "live": f"{out}/live/metrics.json",
             },
-            train=recipe.train.model_dump(mode="json"),
+            train=recipe.train.model_dump(mode="json", by_alias=True),
             seed=recipe.seed,
             base={"name": _base_name(recipe)},
+            **({"rewards": rewards} if rewards else {}),
         ),
         "merge": _section(
             "merge",
@@ -320,5 +340,6 @@ def _report_section(project: Project) -> Section:
         | {"baselines": sorted({f"build/baselines/{_base_id(recipe)}" for recipe in project.recipes.values()})},
         outputs={"report": "build/report"},
         recipes=names,
+        methods={name: recipe.train.method for name, recipe in project.recipes.items()},
         baselines={name: f"build/baselines/{_base_id(recipe)}" for name, recipe in project.recipes.items()},
     )

@@ -1,5 +1,8 @@
-"""Read rows of preference data and map their columns to messages.
+"""Read rows of data and map their columns to messages, in the shape that the method trains on.
 
+`pairs` have a prompt and two answers, chosen and rejected; `answers` a prompt and its completion; `labelled` are
+answers with a verdict, true or false; `prompts` have no answer. A conversation may stand for prompt and completion.
+Conversations are lists of {role, content}, or written as the recipe's `format` says.
 Covered: JSONL, JSON (a list of objects, or {"data": [...]}), Parquet and CSV with a header, in folders. No row is
 lost in silence: each one comes back as a Row or as a Dropped with a reason.
 Not covered: tool calls, images, messages in CSV cells.
@@ -10,12 +13,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import MANIFEST
 from prefbuild.errors import DataError
+from prefbuild.methods import PARTS
 
 Message = dict[str, str]  # {role, content}
 
@@ -24,11 +28,16 @@ REASONS = (
     "broken", "filtered", "empty", "identical_pair", "special_token", "duplicate", "prompt_too_long", "too_long",
 )  # fmt: skip
 
+SAMPLED_OUT = "sampled_out"  # the reason of rows that the weights of the sources leave out, where there are weights
+
 # What public data sets call our columns; only ever used to word a hint.
 USUAL_NAMES = {
     "prompt": ("question", "instruction", "input", "query", "messages"),
     "chosen": ("chatgpt", "preferred", "accepted", "chosen_response", "response_chosen"),
     "rejected": ("llama2-13b-chat", "dispreferred", "rejected_response", "response_rejected"),
+    "completion": ("response", "answer", "output", "text", "chosen"),
+    "label": ("labels", "desirable", "is_good", "thumbs_up"),
+    "messages": ("messages", "conversation", "conversations"),
 }
 DOCUMENTS = (".md", ".txt")  # beside the rows of a data folder, and never rows themselves
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
@@ -36,13 +45,14 @@ MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One pair: the messages before the answer, and the assistant messages of either answer."""
+    """The messages before the answer, and the assistant messages of each answer, by the part it is."""
 
     id: str  # "<source index>:<line>", with the file's name between them when a source has several files
     where: str  # "file.jsonl:12"
     prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
+    answers: dict[str, list[Message]]  # chosen and rejected, or completion, or none
+    label: bool | None = None  # of labelled rows
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards read beside the prompt
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,17 @@ class _Drop(Exception):
         self.reason, self.what = reason, what
 
 
+def reasons(shape: str, *, sampled: bool = False) -> tuple[str, ...]:
+    """Those of REASONS for which a row of this shape can be lost, and, when sources have weights, SAMPLED_OUT."""
+    not_of = {"pairs": (), "answers": ("identical_pair",), "labelled": ("identical_pair",)}
+    known = tuple(reason for reason in REASONS if reason not in not_of.get(shape, ("identical_pair", "too_long")))
+    return (*known, SAMPLED_OUT) if sampled else known
+
+
 def read_rows(data: dict[str, Any], folders: list[Path]) -> tuple[list[Row], list[Dropped]]:
     """Read the folders of a recipe's data in order and map each row; together the two lists hold every row.
 
-    `data` is the recipe's Data section dumped by alias. DataError: a file that can't be read, a column that is not
+    `data` is what prepare is told of a recipe's Data section. DataError: a file that can't be read, a column that is not
     there or used nowhere, or (on_broken: fail) broken rows.
     """
     sources = [read_source(index, folder, len(folders) > 1) for index, folder in enumerate(folders)]
@@ -218,7 +235,9 @@ READERS = {
 def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
     """DataError naming every mapped column that is in no row, and every column of the rows that is used nowhere."""
     columns, filtered, ignored = data["columns"], [rule["column"] for rule in data["filters"]], data["ignore"]
-    problems, guesses = [], set()
+    kept = data.get("keep", [])
+    problems: list[str] = []
+    guesses: set[str | None] = set()
     everywhere: dict[str, str] = {}  # column -> the first file it was seen in
     for source in sources:
         names: dict[str, str] = {}
@@ -227,11 +246,24 @@ def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
                 for name in raw.value:
                     names.setdefault(name, raw.where.rpartition(":")[0])
         everywhere = names | everywhere
-        for role in ("prompt", "chosen", "rejected"):
-            if names and columns[role] not in names:
-                says, guess = _not_there(role, columns[role], names)
-                problems.append(f"{source[0].where.rpartition(':')[0]}: data.columns.{role}: {says}")
-                guesses.add(guess)
+        file = source[0].where.rpartition(":")[0]
+        missing = [role for role in _required(data) if columns[role] not in names] if names else []
+        whole = next((name for name in USUAL_NAMES["messages"] if name in names), None)
+        if data["shape"] != "pairs" and whole is not None and "prompt" in missing:
+            # One hint for both parts of a conversation.
+            missing = [role for role in missing if role not in ("prompt", "completion")]
+            problems.append(
+                f"{file}: data.columns.prompt: {_not_there('', columns['prompt'], names)[0]} "
+                f"If {whole} holds whole conversations, write `messages: {whole}` under `columns`"
+            )
+            guesses.add(whole)
+        for role in missing:
+            says, guess = _not_there(role, columns[role], names)
+            problems.append(f"{file}: data.columns.{role}: {says}")
+            guesses.add(guess)
+        for name in kept if names else []:
+            if name not in names:
+                problems.append(f"{file}: train.rewards: {_not_there('', name, names)[0]}")
     elsewhere = [("data.columns.system", columns["system"])] if columns["system"] is not None else []
     elsewhere += [(f"data.filters[{i}].column", name) for i, name in enumerate(filtered)]
     elsewhere += [("data.ignore", name) for name in ignored]
@@ -239,7 +271,7 @@ def check_columns(data: dict[str, Any], sources: list[list[Raw]]) -> None:
         if everywhere and name not in everywhere:
             problems.append(f"{key}: {_not_there('system', name, everywhere)[0]}")
 
-    used = {*columns.values(), *filtered, *ignored, *guesses}
+    used = {*columns.values(), *filtered, *ignored, *guesses, *kept}
     unused = [name for name in everywhere if name not in used]
     if unused:
         listed = ", ".join(_yaml_name(name) for name in unused)
@@ -282,11 +314,17 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
     for rule in data["filters"]:
         _filter(rule, raw)
 
-    columns = data["columns"]
-    for role in ("prompt", "chosen", "rejected"):
-        if columns[role] not in raw.value:
-            raise _Drop("broken", f"has no column {_yaml_name(columns[role])}")
-    prompt = _messages(raw, columns["prompt"], "user")
+    columns, parts = data["columns"], PARTS[data["shape"]][1:]
+    for name in (*(columns[role] for role in _required(data)), *data.get("keep", [])):
+        if name not in raw.value:
+            raise _Drop("broken", f"has no column {_yaml_name(name)}")
+    conversation, form = columns.get("messages"), data.get("format")
+    if conversation is not None:
+        prompt, answer = _split(raw, conversation, form, answered=bool(parts))
+    elif "prompt" in columns:
+        prompt = _messages(raw, columns["prompt"], "user", form)
+    else:
+        prompt = _shared_prompt(raw, columns, form)
     system = raw.value.get(columns["system"]) if columns["system"] is not None else None
     if system is not None and not isinstance(system, str):
         raise _Drop("broken", f"{_yaml_name(columns['system'])} is {_kind(system)}, not text")
@@ -296,20 +334,81 @@ def map_row(raw: Raw, data: dict[str, Any]) -> Row:
         prompt = [{"role": "system", "content": _encodable(system, columns["system"])}, *prompt]
     if prompt and prompt[-1]["role"] != "user":
         raise _Drop("broken", f"the prompt's last message is from {prompt[-1]['role']}; it must be from user")
-    chosen = _answer(raw, columns["chosen"], prompt)
-    rejected = _answer(raw, columns["rejected"], prompt)
+    if conversation is not None:
+        answers = dict.fromkeys(parts, answer)
+    else:
+        answers = {part: _answer(raw, columns[part], prompt, form) for part in parts}
+    label = _label(raw, columns["label"]) if "label" in columns else None
 
-    for role, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    for part, messages in (("prompt", prompt), *answers.items()):
         if not messages or not all(m["content"].strip() for m in messages if m["role"] != "system"):
-            raise _Drop("empty", f"{_yaml_name(columns[role])} is empty, or has an empty message")
-    if [message["content"].strip() for message in chosen] == [message["content"].strip() for message in rejected]:
-        raise _Drop("identical_pair", f"chosen and rejected are both {_short(chosen[-1]['content'])}")
-    return Row(id=raw.id, where=raw.where, prompt=prompt, chosen=chosen, rejected=rejected)
+            name = conversation or columns.get(part) or columns[parts[0]]
+            raise _Drop("empty", f"{_yaml_name(name)} is empty, or has an empty message")
+    if data["shape"] == "pairs":
+        chosen, rejected = ([message["content"].strip() for message in answers[part]] for part in parts)
+        if chosen == rejected:
+            raise _Drop("identical_pair", f"chosen and rejected are both {_short(chosen[-1])}")
+    kept = {name: _plain(raw, name) for name in data.get("keep", [])}
+    return Row(id=raw.id, where=raw.where, prompt=prompt, answers=answers, label=label, columns=kept)
 
 
-def _messages(raw: Raw, column: str, role: str) -> list[Message]:
-    """Text becomes one message of that role; a list of messages is checked; null becomes none."""
+def _required(data: dict[str, Any]) -> list[str]:
+    """The columns without which a row can't be mapped."""
+    columns = data["columns"]
+    return [role for role in ("messages", *PARTS[data["shape"]], "label") if role in columns]
+
+
+def _shared_prompt(raw: Raw, columns: dict[str, Any], form: str | None) -> list[Message]:
+    """The messages that chosen and rejected have in common: all but the last of each."""
+    chosen, rejected = (_messages(raw, columns[part], "assistant", form)[:-1] for part in ("chosen", "rejected"))
+    if chosen != rejected:
+        raise _Drop("broken", "chosen and rejected differ before their last message, so they answer no same prompt")
+    return chosen
+
+
+def _split(raw: Raw, column: str, form: str | None, *, answered: bool) -> tuple[list[Message], list[Message]]:
+    """A conversation's prompt, and the assistant messages that it ends with, which must be there if `answered`."""
+    messages = _messages(raw, column, "user", form)
+    if isinstance(raw.value[column], str) and form != "hh":
+        raise _Drop("broken", f"{_yaml_name(column)} is text, not a list of messages")
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if answered and messages and end == len(messages):
+        last = messages[-1]["role"]
+        raise _Drop("broken", f"the last message of {_yaml_name(column)} is from {last}; it must be the answer")
+    return messages[:end], messages[end:]
+
+
+def _label(raw: Raw, column: str) -> bool:
+    """Whether an answer is a good one: true or false, 1 or 0, and in CSV these as text."""
+    value = raw.value[column]
+    if raw.text_only and isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    shown = "null" if value is None else _short(value) if isinstance(value, str) else str(value)
+    raise _Drop("broken", f"{_yaml_name(column)} is {shown[:60]}, not true or false")
+
+
+def _plain(raw: Raw, column: str) -> Any:
+    """A column's value as rewards get it: what JSON can hold."""
+    value = raw.value[column]
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise _Drop("broken", f"{_yaml_name(column)} is {_kind(value)} that JSON can't hold") from None
+    return value
+
+
+def _messages(raw: Raw, column: str, role: str, form: str | None = None) -> list[Message]:
+    """Text becomes one message of that role; a list of messages is checked; null becomes none.
+
+    What is written in a format is first made what we read.
+    """
     value, name = raw.value[column], _yaml_name(column)
+    if form is not None:
+        value = FORMATS[form](value, name)
     if value is None:
         return []
     if isinstance(value, str):
@@ -338,9 +437,54 @@ def _messages(raw: Raw, column: str, role: str) -> list[Message]:
     return messages
 
 
-def _answer(raw: Raw, column: str, prompt: list[Message]) -> list[Message]:
+def _transcript(value: Any, name: str) -> Any:
+    """hh: text in which each turn begins with an empty line and Human: or Assistant:."""
+    if value is None or not isinstance(value, str):
+        return value
+    start, *turns = re.split(r"(?:\A|\n\n)(Human|Assistant):", value)
+    if start.strip() or not turns:
+        raise _Drop("broken", f"{name} is no transcript: it does not begin with an empty line and Human:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def _sharegpt(value: Any, name: str) -> Any:
+    """sharegpt: a list of {from, value}, or one such message."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    messages = []
+    for message in value:
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            who = message["from"]
+            more = {key: one for key, one in message.items() if key not in ("from", "value")}
+            role = roles.get(who, who) if isinstance(who, str) else who
+            message = {"role": role, "content": message["value"], **more}
+        elif isinstance(message, dict):
+            raise _Drop("broken", f"{name} has a message without from or value; format: sharegpt has both")
+        messages.append(message)
+    return messages
+
+
+def _openai(value: Any, name: str) -> Any:
+    """openai: {messages: [...]}, and answers that are lists of messages."""
+    if not isinstance(value, dict):
+        return value
+    if "messages" not in value:
+        raise _Drop("broken", f"{name} has no messages; format: openai has {{messages: [...]}}")
+    if more := [key for key, one in value.items() if key not in ("messages", "parallel_tool_calls") and one]:
+        raise _Drop("broken", f"{name} has {', '.join(map(str, more))}, which would be lost")
+    return value["messages"]
+
+
+FORMATS = {"hh": _transcript, "sharegpt": _sharegpt, "openai": _openai}
+
+
+def _answer(raw: Raw, column: str, prompt: list[Message], form: str | None) -> list[Message]:
     """The assistant messages of chosen or rejected, without the prompt's own messages if it starts with them."""
-    messages = _messages(raw, column, "assistant")
+    messages = _messages(raw, column, "assistant", form)
     without_system = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     for start in (prompt, without_system):
         if start and messages[: len(start)] == start:

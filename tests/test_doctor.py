@@ -22,16 +22,19 @@ from prefbuild.doctor import (
     doctor_text,
     gguf_bits,
     guess_shape,
+    longest_row,
     memory,
     memory_need,
     num_adapter_parameters,
     packages,
     processor,
     shape_of,
+    weight_bytes,
 )
 from prefbuild.errors import UsageError
 from prefbuild.lock import lock
-from prefbuild.recipe import DPO, Recipe, load_recipes
+from prefbuild.methods import DPO, METHODS
+from prefbuild.recipe import Recipe, load_recipes
 from prefbuild.resolve import load_project
 
 SMOLLM2 = Shape(
@@ -227,6 +230,19 @@ def test_too_little_memory_is_a_warning_and_weights_that_do_not_fit_are_missing(
     assert memory(recipe(), small, large).state == "missing"
 
 
+def test_nf4_takes_4_bits_a_weight_and_is_slow_on_a_cpu() -> None:
+    # Mistral 7B: 262 million of its weights are embeddings and lm_head, which stay in bf16.
+    mistral = dataclasses.replace(SMOLLM2, num_parameters=7_241_732_096, vocabulary=32_000, hidden=4_096)
+    assert weight_bytes(DPO(method="dpo"), mistral, 2) == 2 * 7_241_732_096
+    assert weight_bytes(DPO(method="dpo", quantization="nf4"), mistral, 2) == pytest.approx(4.45e9, rel=0.01)
+    small = [Gpu(name="Small", total=6 * 10**9, free=6 * 10**9)]
+    assert memory(recipe(), small, mistral).state == "missing"
+    assert memory(recipe(quantization="nf4"), small, mistral).state == "warning"
+    assert [finding.what for finding in processor(recipe(quantization="nf4"), small, SMOLLM2)] == ["processor"]
+    found = {finding.what: finding for finding in processor(recipe(quantization="nf4"), [], SMOLLM2)}
+    assert (found["quantization"].state, found["quantization"].found) == ("warning", "nf4 without a GPU")
+
+
 def test_a_large_model_on_a_cpu_is_warned_of() -> None:
     large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
     assert processor(recipe(), [], large)[0].needed == "a GPU for 7.0 billion weights"
@@ -247,6 +263,25 @@ def test_memory_grows_with_rows_and_length() -> None:
         return memory_need(train, SMOLLM2, max_length=length, bytes_per_number=2)
 
     assert need(4, 512) == need(8, 256) < need(8, 512)
+
+
+def test_a_pair_takes_two_sequences_and_an_answer_one() -> None:
+    def need(method: str, batch: int) -> int:
+        train = METHODS[method].model_validate({"method": method, "per_device_train_batch_size": batch})
+        return memory_need(train, SMOLLM2, max_length=256, bytes_per_number=2)
+
+    assert need("sft", 8) == need("kto", 8) == need("dpo", 4) == need("orpo", 4) < need("sft", 16)
+
+
+def test_a_prompt_takes_what_is_written_to_it_too() -> None:
+    def longest(method: str, **train: Any) -> int:
+        return longest_row(recipe(method=method, **train))
+
+    assert longest("dpo") == longest("sft") == 1024
+    rewards = [{"reward": "length", "target": 50}]
+    assert longest("grpo", rewards=rewards, max_completion_length=100) == 612
+    found = memory(recipe(method="grpo", rewards=rewards, max_completion_length=100), [], SMOLLM2)
+    assert "when every row is 612 tokens" in found.needed
 
 
 def test_an_adapters_weights_are_counted() -> None:

@@ -37,6 +37,13 @@ def test_sampling_depends_on_the_seed(smollm2: Path) -> None:
     assert sample(2) != first
 
 
+def test_min_p_leaves_unlikely_tokens_out(smollm2: Path) -> None:
+    # Not compared with the greedy answer: in bf16 several tokens can be likeliest.
+    wild = {"max_new_tokens": 8, "temperature": 4.0, "stream": False}
+    assert "Paris" in generate(smollm2, QUESTION, min_p=1.0, **wild)
+    assert "Paris" not in generate(smollm2, QUESTION, **wild)
+
+
 def test_missing_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"merged: holds no model; build it with `dvc repro`"):
         generate(tmp_path / "merged", QUESTION, None, max_new_tokens=1, temperature=0.0, seed=0, stream=False)

@@ -14,6 +14,7 @@ from prefbuild.lock import (
     lock,
     locked,
     locked_image,
+    locked_reward,
     locked_task,
     pin_image,
     read_lock,
@@ -387,3 +388,63 @@ def test_data_that_is_not_there_or_given_to_a_local_task_is_refused(root: Path) 
     ):
         with pytest.raises(RecipeError, match=says):
             lock(root, {"x": make_recipe(evaluate={"tasks": [task]})})
+
+
+# ---- a user's own rewards
+
+
+def with_reward(path: str = "recipes/own.py") -> Recipe:
+    own = {"reward": "file", "path": path, "function": "score"}
+    return make_recipe(train={"method": "grpo", "rewards": [own]})
+
+
+def test_a_file_of_rewards_is_pinned_and_a_change_is_told(root: Path) -> None:
+    path = root / "recipes/own.py"
+    path.write_text("one\n")
+    assert "pinned reward recipes/own.py (1 file, 4 bytes)" in lock(root, {"a": with_reward()})
+    entry = {"path": "recipes/own.py", "size": 4, "sha256": hashlib.sha256(b"one\n").hexdigest()}
+    assert locked_reward(read_lock(root), "recipes/own.py") == entry
+    assert check_local(root, read_lock(root), with_reward()) == []
+
+    path.write_text("two\n")
+    changed = "recipes/own.py changed since it was locked; run `prefbuild lock a`"
+    assert check_local(root, read_lock(root), with_reward(), name="a") == [changed]
+    (line,) = lock(root, {"a": with_reward()})
+    assert line.startswith("changed recipes/own.py: sha256 ")
+    path.unlink()
+    gone = "recipes/own.py was locked and is gone; put it back, or run `prefbuild lock a`"
+    assert check_local(root, read_lock(root), with_reward(), name="a") == [gone]
+
+
+def test_a_file_of_rewards_that_is_not_there_or_a_link_is_refused(root: Path) -> None:
+    wanted = "recipes/a.yaml: train.rewards: recipes/own.py: no such file, or a link; put the file there"
+    with pytest.raises(RecipeError, match=wanted):
+        lock(root, {"a": with_reward()})
+    (root / "elsewhere.py").write_text("one\n")
+    (root / "recipes/own.py").symlink_to(root / "elsewhere.py")
+    with pytest.raises(RecipeError, match=wanted):
+        lock(root, {"a": with_reward()})
+
+
+def test_rewards_leave_the_lock_with_the_last_recipe_that_names_them(root: Path) -> None:
+    (root / "recipes/own.py").write_text("one\n")
+    lock(root, {"a": make_recipe()})
+    before = (root / LOCK).read_bytes()
+    lock(root, {"a": with_reward()})
+    assert b"rewards:" in (root / LOCK).read_bytes()
+    assert lock(root, {"a": make_recipe()}) == ["dropped recipes/own.py: no recipe refers to it"]
+    assert (root / LOCK).read_bytes() == before, "a lock without rewards is as it was before there were any"
+
+
+def test_a_reward_that_is_not_pinned_is_told(root: Path) -> None:
+    with pytest.raises(LockError, match="^reward recipes/own.py is not pinned; run `prefbuild lock a`$"):
+        locked_reward(read_lock(root), "recipes/own.py", name="a")
+
+
+@pytest.mark.parametrize(
+    "rewards", [[], {"recipes/own.py": {}}, {"recipes/own.py": {"path": "other.py", "size": 1, "sha256": "0" * 64}}]
+)
+def test_malformed_rewards_are_refused(root: Path, rewards: Any) -> None:
+    (root / LOCK).write_text(yamlfile.dump({"version": 1, "sources": {}, "tasks": {}, "rewards": rewards}))
+    with pytest.raises(RecipeError, match=r"prefbuild.lock.yaml:\d+: rewards"):
+        read_lock(root)

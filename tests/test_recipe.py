@@ -13,20 +13,21 @@ from pydantic import BaseModel
 
 from prefbuild import yamlfile
 from prefbuild.errors import RecipeError, UsageError
+from prefbuild.methods import DPO, LOSS_TYPES, METHODS, SHAPES
 from prefbuild.recipe import (
-    DPO,
-    LOSS_TYPES,
-    METRICS,
     Compute,
+    Data,
     Defaults,
     Evaluate,
     Recipe,
     RecipeModel,
+    data_settings,
     json_schema,
     known_recipes,
     load_defaults,
     load_recipe,
     load_recipes,
+    metrics,
     schema_text,
     seconds,
     size_bytes,
@@ -54,6 +55,13 @@ gates:
 LOSSES = ", ".join(LOSS_TYPES)
 TRAIN_KEYS = ", ".join(DPO.model_fields)
 TOP_KEYS = ", ".join(Recipe.model_fields)
+METHOD_NAMES = ", ".join(METHODS)
+EITHER_METHOD = f"{', '.join(list(METHODS)[:-1])} or {list(METHODS)[-1]}"
+# What a method needs beside its name.
+NEEDS = {
+    "grpo": {"rewards": [{"reward": "length", "target": 50}]},
+    "rloo": {"rewards": [{"reward": "length", "target": 50}]},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +81,12 @@ def edited(*edits: tuple[str, str]) -> str:
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the recipe"
         text = text.replace(old, new)
     return text
+
+
+def of_method(method: str, *edits: tuple[str, str]) -> str:
+    """The good recipe with another method, and what that method needs."""
+    needs = "".join(f"\n  {key}: {json.dumps(value)}" for key, value in NEEDS.get(method, {}).items())
+    return edited(("  method: dpo", f"  method: {method}{needs}"), *edits)
 
 
 def problems() -> list[str]:
@@ -128,10 +142,14 @@ def test_a_recipe_may_start_from_another_and_be_compared_with_it() -> None:
     assert base.recipe == "x"
 
 
-@pytest.mark.parametrize("metric", [f"{stage}.{key}" for stage, keys in METRICS.items() for key in keys])
-def test_every_known_metric_can_be_gated(metric: str) -> None:
-    X.write_text(edited(("evaluate.concise.exact_match", metric)))
-    assert load_recipe(X, Defaults()).gates[0].metric == metric
+@pytest.mark.parametrize("method", METHODS)
+def test_every_known_metric_can_be_gated(method: str) -> None:
+    train = METHODS[method].model_validate({"method": method, **NEEDS.get(method, {})})
+    known = [f"{stage}.{key}" for stage, keys in metrics(SHAPES[method], train).items() for key in keys]
+    gates = "\n".join(f"  - {{metric: {metric}, min: 0.5}}" for metric in known)
+    X.write_text(of_method(method, ("  - metric: evaluate.concise.exact_match\n    min: 0.5", gates)))
+    assert [gate.metric for gate in load_recipe(X, Defaults()).gates] == known
+    assert len(set(known)) == len(known) > 30
 
 
 def test_a_metric_with_a_filter_is_of_its_task() -> None:
@@ -171,9 +189,9 @@ IN_TRAIN = {
     "tasks: []": "train.tasks: unknown key; it belongs in evaluate",
     "num_fewshot: 1": "train.num_fewshot: unknown key; it belongs in evaluate.tasks",
     "rpo_alpha: 1.0": "train.rpo_alpha: unknown key; TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
-    "warmup_ratio: 0.1": "train.warmup_ratio: unknown key; transformers dropped it; write warmup_steps",
+    "warmup_ratio: 0.1": "train.warmup_ratio: unknown key; transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",
     "bf16: true": "train.bf16: unknown key; write precision: bf16 (or auto, or float32)",
-    "load_in_4bit: true": "train.load_in_4bit: unknown key; quantised training does not exist here yet; remove it",
+    "load_in_4bit: true": "train.load_in_4bit: unknown key; write train.quantization: nf4, the one kind there is",
     "reference_free: true": "train.reference_free: unknown key; TRL dropped it; remove it",
     "ref_model: x": "train.ref_model: unknown key; the reference is the base without its adapter; remove it",
     "output_dir: x": "train.output_dir: unknown key; outputs go to build/<recipe>; remove it",
@@ -198,17 +216,17 @@ IN_TRAIN = {
     "learning_rate: '5e-5'": "train.learning_rate: is text '5e-5'; a number is wanted, write 5e-5 without quotes",
     "label_smoothing: 0.5": "train.label_smoothing: is 0.5; less than 0.5 is wanted",
     "label_smoothing: -1": "train.label_smoothing: is -1; at least 0 is wanted",
-    "warmup_steps: 1.0": "train.warmup_steps: is the number 1.0; a whole number is wanted, write 1",
-    "warmup_steps: 1.5": "train.warmup_steps: is the number 1.5; a whole number is wanted",
-    "warmup_steps: '40'": "train.warmup_steps: is text '40'; a whole number is wanted, write 40 without quotes",
-    "warmup_steps: 1_000": "train.warmup_steps: is text '1_000'; a whole number is wanted, write 1000 without quotes",
-    "warmup_steps: 10%": "train.warmup_steps: is text '10%'; a whole number is wanted",
+    "warmup_steps: 1.0": "train.warmup_steps: is 1.0; give whole steps without a point, or a fraction of all below 1",
+    "warmup_steps: 1.5": "train.warmup_steps: is 1.5; give whole steps without a point, or a fraction of all below 1",
+    "warmup_steps: '40'": "train.warmup_steps: is text '40'; a number is wanted, write 40 without quotes",
+    "warmup_steps: 1_000": "train.warmup_steps: is text '1_000'; a number is wanted, write 1000 without quotes",
+    "warmup_steps: 10%": "train.warmup_steps: is text '10%'; a number is wanted",
     "deterministic: yes": "train.deterministic: is text 'yes'; true or false is wanted, write true",
     "deterministic: 'false'": "train.deterministic: is text 'false'; true or false is wanted, write false",
     "deterministic: 1": "train.deterministic: is the number 1; true or false is wanted, write true",
     "loss_type: sigmoid": "train.loss_type: is text 'sigmoid'; a list is wanted, write [sigmoid]",
     "loss_type: [sigmod]": f"train.loss_type[0]: 'sigmod' is not known; did you mean sigmoid? (known: {LOSSES})",
-    "loss_type: [sigmoid, simpo]": f"train.loss_type[1]: 'simpo' is not known; that method does not exist here yet (known: {LOSSES})",
+    "loss_type: [sigmoid, simpo]": f"train.loss_type[1]: 'simpo' is not known; it is a method of its own, write method: simpo (known: {LOSSES})",
     "loss_type: [dpo]": f"train.loss_type[0]: 'dpo' is not known; DPO's own loss is sigmoid, write loss_type: [sigmoid] (known: {LOSSES})",
     "loss_type: kto_pair": "train.loss_type: 'kto_pair' is not known; TRL dropped it; apo_zero and sigmoid are near",
     "loss_type: []": "train.loss_type: is an empty list; at least one item is wanted",
@@ -297,17 +315,21 @@ REPLACED = [
     ),
     (
         "  method: dpo",
-        "  method: grpo\n  num_generations: 8",
-        ["8: train.method: 'grpo' is not known; that method does not exist here yet (known: dpo)"],
+        "  method: ppo\n  num_generations: 8",
+        [f"8: train.method: 'ppo' is not known; that method does not exist here yet (known: {METHOD_NAMES})"],
     ),
-    ("  method: dpo", "  method: DPO", ["8: train.method: 'DPO' is not known; did you mean dpo? (known: dpo)"]),
-    ("  method: dpo", "  method: [dpo]", ["8: train.method: is a list; dpo is wanted"]),
+    (
+        "  method: dpo",
+        "  method: DPO",
+        [f"8: train.method: 'DPO' is not known; did you mean dpo? (known: {METHOD_NAMES})"],
+    ),
+    ("  method: dpo", "  method: [dpo]", [f"8: train.method: is a list; {EITHER_METHOD} is wanted"]),
     (
         "  method: dpo",
         "  methd: dpo",
-        ["7: train.method: missing; required: dpo", "8: train.methd: unknown key; did you mean method?"],
+        [f"7: train.method: missing; required: {EITHER_METHOD}"],
     ),
-    ("  method: dpo", "  lora: {}", ["7: train.method: missing; required: dpo"]),
+    ("  method: dpo", "  lora: {}", [f"7: train.method: missing; required: {EITHER_METHOD}"]),
     (
         "  source: file\n",
         "  source: huggingface\n",
@@ -421,7 +443,7 @@ REPLACED = [
     (
         "    - {source: file, path: rows.jsonl}",
         "    - {source: file, path: a, package: b}",
-        ["6: data.sources[0].package: does not go with this; known here: source, path"],
+        ["6: data.sources[0].package: does not go with this; known here: source, path, weight"],
     ),
     (
         "    - task: recipes/concise/concise.yaml",
@@ -606,7 +628,7 @@ def test_all_problems_of_all_files_come_at_once_in_order() -> None:
         "logging_steps, save_steps",
         "recipes/My Model.yaml:1: 'My Model' cannot be a recipe's name; rename the file to lower-case letters, digits, - "
         "and _, at most 63, beginning and ending with a letter or digit",
-        "recipes/My Model.yaml:8: train.method: 'dpoo' is not known; did you mean dpo? (known: dpo)",
+        f"recipes/My Model.yaml:8: train.method: 'dpoo' is not known; did you mean dpo? (known: {METHOD_NAMES})",
         "recipes/a.yaml:2: a: written twice, first on line 1; keep one",
         "recipes/old.yml:1: ends in .yml; rename it to old.yaml",
         "recipes/x.yaml:1: base.path: missing; required: File or folder",
@@ -615,6 +637,159 @@ def test_all_problems_of_all_files_come_at_once_in_order() -> None:
         "recipes/x.yaml:10: train.beta: is text '1'; a number is wanted, write 1 without quotes",
         "recipes/x.yaml:16: gates[0].mn: unknown key; did you mean min?",
     ]
+
+
+# ---- data and gates by method
+
+
+def with_data(method: str, data: str) -> str:
+    return of_method(
+        method, ("    - {source: file, path: rows.jsonl}\n", f"    - {{source: file, path: rows.jsonl}}\n  {data}\n")
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [
+        ("dpo", "columns: {system: s, prompt: q, chosen: a, rejected: b}"),
+        ("orpo", "columns: {chosen: a}"),
+        ("sft", "columns: {system: s, prompt: q, completion: a}"),
+        ("sft", "columns: {system: s, messages: m}"),
+        ("kto", "columns: {prompt: q, completion: a, label: good}"),
+        ("kto", "columns: {messages: m, label: good}"),
+        ("grpo", "columns: {system: s, prompt: q}"),
+        ("rloo", "columns: {messages: m}"),
+        ("grpo", "max_prompt_length: 4096"),
+        ("sft", "columns: {messages: null}"),
+        ("dpo", "format: hh"),
+        ("dpo", "format: openai"),
+        ("kto", "format: sharegpt"),
+    ],
+)
+def test_each_method_has_its_columns(method: str, data: str) -> None:
+    X.write_text(with_data(method, data))
+    assert load_recipe(X, Defaults()).train.method == method
+
+
+ANSWERS = "system, prompt, completion and messages"
+ROOM = "leaves no room for an answer: max_prompt_length is 2000 and max_length 1024; give a max_length well above"
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "message"),
+    [
+        ("dpo", "columns: {completion: a}", "columns.completion: is not read by dpo, which reads system, prompt, chosen and rejected; remove it"),
+        ("dpo", "columns: {label: a}", "columns.label: is not read by dpo, which reads system, prompt, chosen and rejected; remove it"),
+        ("simpo", "columns: {messages: a}", "columns.messages: is not read by simpo, which reads system, prompt, chosen and rejected; remove it"),
+        ("sft", "columns: {chosen: a}", f"columns.chosen: is not read by sft, which reads {ANSWERS}; remove it, or write completion: a to train on it"),
+        ("sft", "columns: {rejected: a}", f"columns.rejected: is not read by sft, which reads {ANSWERS}; remove it"),
+        ("sft", "columns: {label: a}", f"columns.label: is not read by sft, which reads {ANSWERS}; remove it"),
+        ("kto", "columns: {rejected: a}", "columns.rejected: is not read by kto, which reads system, prompt, completion, messages and label; remove it"),
+        ("grpo", "columns: {completion: a}", "columns.completion: is not read by grpo, which reads system, prompt and messages; remove it"),
+        ("sft", "columns: {messages: m, completion: a}", "columns.completion: says where a part is, and messages has the whole; give one of them"),
+        ("grpo", "columns: {messages: m, prompt: a}", "columns.prompt: says where a part is, and messages has the whole; give one of them"),
+        ("grpo", "max_length: 2048", "max_length: says nothing to grpo, which trains on prompts and writes the answers itself; remove it: max_prompt_length limits prompts"),
+        ("rloo", "on_too_long: drop", "on_too_long: says nothing to rloo, which trains on prompts and writes the answers itself; remove it: max_prompt_length limits prompts"),
+        ("sft", "max_prompt_length: 2000", f"max_prompt_length: {ROOM} max_prompt_length"),
+        ("dpo", "format: hhh", "format: 'hhh' is not known; did you mean hh? (known: hh, sharegpt, openai)"),
+        ("sft", "format: openai", "format: is of pairs, and sft trains on answers; remove it, and map the columns"),
+        ("kto", "format: hh", "format: needs the column of the transcripts; write columns: {messages: chosen}, say"),
+        ("sft", "columns: {response: a}", "columns.response: unknown key; did you mean completion?"),
+        ("sft", "columns: {conversations: a}", "columns.conversations: unknown key; did you mean messages?"),
+    ],
+)  # fmt: skip
+def test_what_a_method_does_not_read_is_refused_where_it_stands(method: str, data: str, message: str) -> None:
+    X.write_text(with_data(method, data))
+    assert problems() == [f"recipes/x.yaml:7: data.{message}"]
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "message"),
+    [
+        ("dpo", "format: hh\n  columns: {prompt: a}", "columns.prompt: is not read with format: hh, whose answers hold it; remove it"),
+        ("sft", "format: sharegpt\n  columns: {prompt: a}", "columns.prompt: says where a part is, and format: sharegpt has the whole; give one of them"),
+    ],
+)  # fmt: skip
+def test_a_format_has_its_own_columns(method: str, data: str, message: str) -> None:
+    X.write_text(with_data(method, data))
+    assert problems() == [f"recipes/x.yaml:8: data.{message}"]
+
+
+ONE = "    - {source: file, path: rows.jsonl}\n"
+TWO = "    - {source: file, path: a.jsonl, weight: 0.7}\n    - {source: file, path: b.jsonl, weight: 3}\n"
+
+
+def test_sources_may_have_weights_which_pin_nothing() -> None:
+    X.write_text(edited((ONE, TWO), ("evaluate.concise.exact_match", "prepare.dropped.sampled_out")))
+    recipe = load_recipe(X, Defaults())
+    assert [source.weight for source in recipe.data.sources] == [0.7, 3]
+    assert data_settings(recipe.data, recipe.shape)["weights"] == [0.7, 3]
+    assert not any("weight" in source.model_dump() for source in recipe.data.sources)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (TWO.replace(", weight: 3", ""), "6: data.sources[0].weight: says nothing alone: rows are sampled in proportion to other weights; give another source one too"),
+        (TWO.replace("0.7", "0"), "6: data.sources[0].weight: is 0; more than 0 is wanted"),
+        (TWO.replace("3", "-1"), "7: data.sources[1].weight: is -1; more than 0 is wanted"),
+        (TWO.replace("3", "x"), "7: data.sources[1].weight: is text 'x'; a number is wanted"),
+        (TWO.replace("weight: 3", "proportion: 3"), "7: data.sources[1].proportion: unknown key; did you mean weight?"),
+    ],
+)  # fmt: skip
+def test_what_is_no_weight_is_refused(sources: str, message: str) -> None:
+    X.write_text(edited((ONE, sources)))
+    assert problems() == [f"recipes/x.yaml:{message}"]
+
+
+def test_without_weights_no_row_is_sampled_out() -> None:
+    X.write_text(edited(("evaluate.concise.exact_match", "prepare.dropped.sampled_out")))
+    assert "'prepare.dropped.sampled_out' is no metric; " in problems()[0]
+
+
+def test_all_that_does_not_suit_a_method_is_said_at_once() -> None:
+    X.write_text(with_data("sft", "columns: {chosen: a, label: b}").replace("evaluate.concise.exact_match", "train.kl"))
+    assert [problem.partition(": ")[2].partition(": ")[0] for problem in problems()] == [
+        "data.columns.chosen", "data.columns.label", "gates[0].metric",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "message"),
+    [
+        ("sft", "train.rewards.margins", "'train.rewards.margins' is no metric of sft; known: "),
+        ("sft", "prepare.tokens.chosen.p95", "'prepare.tokens.chosen.p95' is no metric; did you mean prepare.tokens."),
+        ("sft", "prepare.dropped.identical_pair", "'prepare.dropped.identical_pair' is no metric; "),
+        ("dpo", "prepare.truncated.completion", "'prepare.truncated.completion' is no metric; did you mean "),
+        ("dpo", "prepare.labels.true", "'prepare.labels.true' is no metric; "),
+        ("grpo", "prepare.boundary_differs", "'prepare.boundary_differs' is no metric; "),
+        ("grpo", "prepare.dropped.too_long", "'prepare.dropped.too_long' is no metric; did you mean prepare.dropped.prompt_too_long?"),
+        ("dpo", "train.reward_std", "'train.reward_std' is no metric of dpo; did you mean train.rewards."),
+    ],
+)  # fmt: skip
+def test_a_gate_asks_for_what_its_method_writes(method: str, metric: str, message: str) -> None:
+    X.write_text(of_method(method, ("evaluate.concise.exact_match", metric)))
+    (problem,) = problems()
+    assert f": gates[0].metric: {message}" in problem
+
+
+def test_prepare_is_told_what_its_rows_need_and_no_more() -> None:
+    data = Data.model_validate({"sources": [{"source": "file", "path": "rows.jsonl"}]})
+    told = {shape: data_settings(data, shape, ["answer"]) for shape in set(SHAPES.values())}
+    assert {shape: section["columns"] for shape, section in told.items()} == {
+        "pairs": {"system": None, "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        "answers": {"system": None, "prompt": "prompt", "completion": "completion"},
+        "labelled": {"system": None, "prompt": "prompt", "completion": "completion", "label": "label"},
+        "prompts": {"system": None, "prompt": "prompt"},
+    }
+    assert [shape for shape in told if "max_length" in told[shape] or "on_too_long" in told[shape]] == [
+        shape for shape in told if shape != "prompts"
+    ]
+    assert {shape: section.get("keep") for shape, section in told.items()} == {
+        shape: ["answer"] if shape == "prompts" else None for shape in told
+    }
+    whole = data.model_copy(update={"columns": data.columns.model_copy(update={"messages": "m"})})
+    assert data_settings(whole, "labelled")["columns"] == {"system": None, "messages": "m", "label": "label"}
 
 
 def test_an_empty_section_lists_what_it_needs() -> None:
@@ -743,7 +918,7 @@ def test_defaults_do_not_hide_that_a_section_is_missing() -> None:
         load_recipe(X, defaults)
     assert caught.value.problems == [
         "recipes/x.yaml:1: evaluate: missing; required: What is measured, on the model and on its base",
-        "recipes/x.yaml:7: train: is text 'x'; a section is wanted, write method: x",
+        f"recipes/x.yaml:7: train: is text 'x'; a section is wanted, with method: {EITHER_METHOD} in it",
         "recipes/x.yaml:8: evaluatex: unknown key; did you mean evaluate?",
     ]
 

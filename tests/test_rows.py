@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from prefbuild.errors import DataError
-from prefbuild.recipe import Data
-from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source
+from prefbuild.methods import PARTS
+from prefbuild.recipe import Data, data_settings
+from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source, reasons
 
 GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "A colour is blue."}
 
@@ -30,7 +32,8 @@ def system(text: str) -> dict[str, str]:
 def settings(**keys: Any) -> dict[str, Any]:
     """The Data section as a resolved recipe has it."""
     source = {"source": "file", "path": "rows.jsonl"}
-    return Data.model_validate({"sources": [source], **keys}).model_dump(by_alias=True)
+    shape, keep = keys.pop("shape", "pairs"), keys.pop("keep", [])
+    return data_settings(Data.model_validate({"sources": [source], **keys}), shape, keep)
 
 
 def jsonl(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
@@ -64,8 +67,7 @@ def test_text_becomes_messages(tmp_path: Path) -> None:
             id="0:1",
             where="rows.jsonl:1",
             prompt=[system("Be terse."), user("Name a colour.")],
-            chosen=[assistant("Blue.")],
-            rejected=[assistant("A colour is blue.")],
+            answers={"chosen": [assistant("Blue.")], "rejected": [assistant("A colour is blue.")]},
         )
     ]
 
@@ -81,7 +83,7 @@ def test_message_lists_are_taken_as_they_are(tmp_path: Path) -> None:
     prompt = [system("Be terse."), user("Hi."), assistant("Hello."), user("Name a colour.")]
     rows, _ = read(jsonl(tmp_path, [{"prompt": prompt, "chosen": [assistant("Blue.")], "rejected": "Red?"}]))
     assert rows[0].prompt == prompt
-    assert (rows[0].chosen, rows[0].rejected) == ([assistant("Blue.")], [assistant("Red?")])
+    assert rows[0].answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Red?")]}
 
 
 @pytest.mark.parametrize("with_system", [True, False])
@@ -89,7 +91,7 @@ def test_the_prompts_own_messages_are_stripped_from_answers(tmp_path: Path, with
     start = [system("Be terse.")] * with_system + [user("Name a colour.")]
     row = {**GOOD, "s": "Be terse.", "chosen": [*start, assistant("Blue.")], "rejected": [assistant("Red?")]}
     rows, _ = read(jsonl(tmp_path, [row]), columns={"system": "s"})
-    assert rows[0].chosen == [assistant("Blue.")] and rows[0].rejected == [assistant("Red?")]
+    assert rows[0].answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Red?")]}
 
 
 def test_a_line_break_of_unicode_does_not_break_a_row(tmp_path: Path) -> None:
@@ -328,7 +330,7 @@ def test_every_format_gives_the_rows_of_jsonl(tmp_path: Path, form: str) -> None
     found, drops = read(folder, **keys)
 
     def bare(rows: list[Row]) -> list[Any]:
-        return [(row.prompt, row.chosen, row.rejected) for row in rows]
+        return [(row.prompt, row.answers) for row in rows]
 
     assert len(expected) == 2 and bare(found) == bare(expected)
     assert [drop.reason for drop in drops] == [drop.reason for drop in expected_drops] == ["empty", "filtered"]
@@ -410,3 +412,257 @@ def test_several_files_and_sources_keep_their_order_and_ids_differ(tmp_path: Pat
     rows, _ = read_rows(settings(), [one, jsonl(tmp_path / "two", [GOOD])])
     assert [row.id for row in rows] == ["0:a.jsonl:1", "0:b.jsonl:1", "0:b.jsonl:2", "1:1"]
     assert [row.where for row in rows][::3] == ["one/a.jsonl:1", "two/rows.jsonl:1"]
+
+
+# ---- other shapes than pairs
+
+ANSWER = {"prompt": "Name a colour.", "completion": "Blue."}
+TALK = [user("Hi."), assistant("Hello."), user("Name a colour."), assistant("Blue."), assistant("Or red.")]
+
+
+def test_an_answer_is_prompt_and_completion(tmp_path: Path) -> None:
+    rows, dropped = read(jsonl(tmp_path, [{**ANSWER, "s": "Be terse."}]), shape="answers", columns={"system": "s"})
+    prompt = [system("Be terse."), user("Name a colour.")]
+    assert dropped == []
+    assert rows == [
+        Row(id="0:1", where="rows.jsonl:1", prompt=prompt, answers={"completion": [assistant("Blue.")]}),
+    ]
+
+
+@pytest.mark.parametrize("shape", ["answers", "labelled", "prompts"])
+def test_a_conversation_is_split_before_its_last_answer(tmp_path: Path, shape: str) -> None:
+    folder = jsonl(tmp_path, [{"m": TALK, "s": "Be terse.", "label": True}])
+    ignore = [] if shape == "labelled" else ["label"]
+    rows, _ = read(folder, shape=shape, columns={"messages": "m", "system": "s"}, ignore=ignore)
+    assert rows[0].prompt == [system("Be terse."), *TALK[:3]]
+    assert rows[0].answers == ({} if shape == "prompts" else {"completion": TALK[3:]})
+
+
+def test_a_prompts_conversation_may_end_in_a_question(tmp_path: Path) -> None:
+    rows, _ = read(jsonl(tmp_path, [{"m": TALK[:3]}]), shape="prompts", columns={"messages": "m"})
+    assert rows[0].prompt == TALK[:3]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason", "what"),
+    [
+        (TALK[:3], "broken", "the last message of m is from user; it must be the answer"),
+        ("Hi.", "broken", "m is text, not a list of messages"),
+        (7, "broken", "m is a number, not text or a list of messages"),
+        ([system("Be terse."), assistant("Blue.")], "broken", "the prompt's last message is from system; it must be"),
+        ([user("Hi."), {"role": "tool", "content": "x"}], "broken", "message 2 of m is from 'tool'; roles are"),
+        (None, "empty", "m is empty, or has an empty message"),
+        ([], "empty", "m is empty, or has an empty message"),
+        ([assistant("Blue.")], "empty", "m is empty, or has an empty message"),
+        ([user("Hi."), assistant(" ")], "empty", "m is empty, or has an empty message"),
+        ([user(" "), assistant("Blue.")], "empty", "m is empty, or has an empty message"),
+    ],
+)
+def test_a_conversation_that_is_no_answer(tmp_path: Path, messages: Any, reason: str, what: str) -> None:
+    rows = [{"m": TALK}, {"m": messages}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="answers", columns={"messages": "m"}, on_broken="drop")
+    assert len(kept) == 1 and (dropped[0].reason, dropped[0].where) == (reason, "rows.jsonl:2")
+    assert dropped[0].what.startswith(what)
+
+
+@pytest.mark.parametrize(("label", "good"), [(True, True), (False, False), (1, True), (0, False)])
+def test_a_label_is_true_or_false(tmp_path: Path, label: Any, good: bool) -> None:
+    rows, _ = read(jsonl(tmp_path, [{**ANSWER, "label": label}]), shape="labelled")
+    assert rows[0].label is good
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [(None, "null"), ("true", "'true'"), ("1", "'1'"), (2, "2"), (-1, "-1"), (1.0, "1.0"), ([], "[]"), ("", "''")],
+)
+def test_what_is_no_label_is_broken(tmp_path: Path, label: Any, shown: str) -> None:
+    rows = [{**ANSWER, "label": True}, {**ANSWER, "label": label}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="labelled", on_broken="drop")
+    assert [row.label for row in kept] == [True]
+    assert dropped == [Dropped("broken", "rows.jsonl:2", f"label is {shown}, not true or false")]
+
+
+def test_labels_of_csv_are_text(tmp_path: Path) -> None:
+    said = ["true", "False", " TRUE ", "1", "0", "yes", "", "1.0", "null"]
+    write_csv(
+        tmp_path / "rows.csv", [["prompt", "completion", "good"], *[["Hi.", f"{n}", x] for n, x in enumerate(said)]]
+    )
+    kept, dropped = read(tmp_path, shape="labelled", columns={"label": "good"}, on_broken="drop")
+    assert [row.label for row in kept] == [True, False, True, True, False]
+    assert [drop.what for drop in dropped] == [f"good is '{x}', not true or false" for x in said[5:]]
+
+
+def test_a_row_keeps_what_rewards_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 2?", "answer": "4", "tests": [{"a": None}]}, {"prompt": "3?", "answer": None, "tests": 1.5}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="prompts", keep=["answer", "tests"])
+    assert [row.columns for row in kept] == [{"answer": "4", "tests": [{"a": None}]}, {"answer": None, "tests": 1.5}]
+    assert dropped == [] and kept[0].answers == {}
+
+
+def test_what_json_can_not_hold_is_not_handed_to_a_reward(tmp_path: Path) -> None:
+    rows = [b'{"prompt": "a", "x": NaN}', b'{"prompt": "b", "x": "\\ud83d"}', {"prompt": "c", "x": 1}, {"prompt": "d"}]
+    kept, dropped = read(jsonl(tmp_path, rows), shape="prompts", keep=["x"], on_broken="drop")
+    assert [row.prompt[0]["content"] for row in kept] == ["c"]
+    assert [drop.what for drop in dropped] == [
+        "x is a number that JSON can't hold", "x is text that JSON can't hold", "has no column x",
+    ]  # fmt: skip
+
+
+def columns_error(tmp_path: Path, row: dict[str, Any], **keys: Any) -> list[str]:
+    with pytest.raises(DataError) as error:
+        read(jsonl(tmp_path, [row]), **keys)
+    return str(error.value).splitlines()
+
+
+def test_a_column_that_a_reward_reads_must_be_there(tmp_path: Path) -> None:
+    assert columns_error(
+        tmp_path, {"prompt": "a", "answr": "4"}, shape="prompts", keep=["answer"], ignore=["answr"]
+    ) == ["rows.jsonl: train.rewards: no row has a column answer; there are prompt, answr. Did you mean answr?"]
+
+
+def test_a_conversation_is_hinted_at_once(tmp_path: Path) -> None:
+    assert columns_error(tmp_path, {"messages": TALK, "good": True}, shape="labelled") == [
+        "rows.jsonl: data.columns.prompt: no row has a column prompt; there are messages, good. If messages holds whole "
+        "conversations, write `messages: messages` under `columns`",
+        "rows.jsonl: data.columns.label: no row has a column label; there are messages, good.",
+        "rows.jsonl: column good would be used nowhere. Write `ignore: [good]` under `data`, or map them under `columns`",
+    ]
+
+
+def test_the_usual_names_of_an_answer_are_hinted(tmp_path: Path) -> None:
+    assert columns_error(tmp_path, {"prompt": "a", "response": "b"}, shape="answers") == [
+        "rows.jsonl: data.columns.completion: no row has a column completion; there are prompt, response. The completion "
+        "seems to be in response: write `completion: response` under `columns`"
+    ]
+
+
+@pytest.mark.parametrize("shape", PARTS)
+def test_no_row_of_any_shape_is_lost(tmp_path: Path, shape: str) -> None:
+    values = [None, "", "x", 3, 0, True, [], {}, TALK, TALK[:3], [user("Hi.")], [{"role": "user"}], "\ud83d"]
+    names = ["prompt", "chosen", "rejected", "completion", "label", "answer"]
+    noise = random.Random(shape)
+    rows = [{name: noise.choice(values) for name in names if noise.random() < 0.9} for _ in range(400)]
+    rows.append({"prompt": "x", "chosen": "x", "rejected": "y", "completion": "x", "label": 1, "answer": 1})
+    folder = jsonl(tmp_path, [*rows, b"{", b"[]"])
+    keep = ["answer"] if shape == "prompts" else []
+    used = {*PARTS[shape], *keep, *(["label"] if shape == "labelled" else [])}
+    ignore = [name for name in names if name not in used]
+    kept, dropped = read(folder, shape=shape, keep=keep, ignore=ignore, on_broken="drop")
+    lines = [int(row.where.partition(":")[2]) for row in (*kept, *dropped)]
+    assert sorted(lines) == list(range(1, 404))
+    assert {drop.reason for drop in dropped} <= set(reasons(shape))
+    for row in kept:
+        assert tuple(row.answers) == PARTS[shape][1:] and row.prompt[-1]["role"] == "user"
+        assert all(m["role"] == "assistant" for messages in row.answers.values() for m in messages)
+        assert (row.label is not None) == (shape == "labelled") and set(row.columns) == set(keep)
+    assert kept
+
+
+# ---- formats
+
+
+def hh(*turns: str) -> str:
+    """A transcript as hh-rlhf has it, the human first."""
+    return "".join(f"\n\n{who}: {text}" for who, text in zip(["Human", "Assistant"] * len(turns), turns, strict=False))
+
+
+def one_row(tmp_path: Path, row: dict[str, Any], **keys: Any) -> Row:
+    rows, dropped = read(jsonl(tmp_path, [row]), **keys)
+    assert dropped == [] and len(rows) == 1
+    return rows[0]
+
+
+HELLO = [user("Hi."), assistant("Hello."), user("Name a\n\ncolour.")]
+
+
+def test_hh_transcripts_share_their_prompt(tmp_path: Path) -> None:
+    start = ("Hi.", "Hello.", "Name a\n\ncolour.")
+    row = one_row(tmp_path, {"chosen": hh(*start, "Blue."), "rejected": hh(*start, "Human: no.")}, format="hh")
+    assert row.prompt == HELLO
+    assert row.answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Human: no.")]}
+
+
+@pytest.mark.parametrize("shape", ["answers", "prompts"])
+def test_an_hh_transcript_is_a_conversation(tmp_path: Path, shape: str) -> None:
+    text = {"chosen": hh("Hi.", "Hello.", "Name a\n\ncolour.", "Blue."), "rejected": "x"}
+    row = one_row(tmp_path, text, shape=shape, format="hh", columns={"messages": "chosen"}, ignore=["rejected"])
+    assert row.prompt == HELLO
+    assert row.answers == ({"completion": [assistant("Blue.")]} if shape == "answers" else {})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason", "what"),
+    [
+        ("Name a colour.", hh("Hi.", "Red."), "broken", "chosen is no transcript: it does not begin with"),
+        ("Well. " + hh("Hi.", "a"), hh("Hi.", "Red."), "broken", "chosen is no transcript"),
+        (hh("Hi.", "a"), hh("Ho.", "b"), "broken", "chosen and rejected differ before their last message"),
+        (hh("Hi.", "a", "Ho."), hh("Hi.", "a", "Hm."), "broken", "the prompt's last message is from assistant"),
+        (hh("Hi."), hh("Ho."), "broken", "chosen has a message from user"),
+        (hh("Hi.", "a"), hh("Hi.", " a "), "identical_pair", "chosen and rejected are both 'a'"),
+        (hh("Hi.", ""), hh("Hi.", "b"), "empty", "chosen is empty"),
+        (None, hh("Hi.", "b"), "broken", "chosen and rejected differ"),
+        (7, hh("Hi.", "b"), "broken", "chosen is a number"),
+    ],
+)
+def test_what_is_no_pair_of_transcripts(tmp_path: Path, chosen: Any, rejected: Any, reason: str, what: str) -> None:
+    rows = [{"chosen": hh("Hi.", "a"), "rejected": hh("Hi.", "b")}, {"chosen": chosen, "rejected": rejected}]
+    kept, dropped = read(jsonl(tmp_path, rows), format="hh", on_broken="drop")
+    assert len(kept) == 1 and dropped[0].reason == reason and dropped[0].what.startswith(what)
+
+
+SHAREGPT = [
+    {"from": "system", "value": "Be terse."},
+    {"from": "human", "value": "Hi."},
+    {"from": "gpt", "value": "Hello."},
+    {"from": "human", "value": "Name a colour."},
+]
+
+
+def test_sharegpt_conversations(tmp_path: Path) -> None:
+    talk = [system("Be terse."), user("Hi."), assistant("Hello."), user("Name a colour.")]
+    blue, red = {"from": "gpt", "value": "Blue."}, {"from": "gpt", "value": "Red."}
+    row = one_row(tmp_path / "answers", {"conversations": [*SHAREGPT, blue]}, shape="answers", format="sharegpt")
+    assert (row.prompt, row.answers) == (talk, {"completion": [assistant("Blue.")]})
+    pair = {"conversations": SHAREGPT, "chosen": blue, "rejected": [red]}
+    row = one_row(tmp_path / "pairs", pair, format="sharegpt")
+    assert (row.prompt, row.answers) == (talk, {"chosen": [assistant("Blue.")], "rejected": [assistant("Red.")]})
+    row = one_row(
+        tmp_path / "c",
+        {"c": [*SHAREGPT, blue], "label": 1},
+        shape="labelled",
+        format="sharegpt",
+        columns={"messages": "c"},
+    )
+    assert row.prompt == talk and row.label is True
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"from": "function_call", "value": "x"}, "message 1 of conversations is from 'function_call'; roles are"),
+        ({"role": "user", "content": "Hi."}, "conversations has a message without from or value"),
+        ({"from": "human", "value": "Hi.", "weight": 1}, "message 1 of conversations has weight, which would be lost"),
+        ({"from": ["human"], "value": "Hi."}, "message 1 of conversations is from ['human']; roles are"),
+        ("Hi.", "message 1 of conversations is text, not an object"),
+    ],
+)
+def test_what_is_no_sharegpt_message_is_broken(tmp_path: Path, message: Any, what: str) -> None:
+    rows = [{"conversations": [message, {"from": "gpt", "value": "Blue."}]}]
+    _, dropped = read(jsonl(tmp_path, rows), shape="answers", format="sharegpt", on_broken="drop")
+    assert dropped[0].reason == "broken" and dropped[0].what.startswith(what)
+
+
+def test_openai_preferences(tmp_path: Path) -> None:
+    talk = {"messages": HELLO, "tools": [], "parallel_tool_calls": True}
+    data = {"input": talk, "preferred_output": [assistant("Blue.")], "non_preferred_output": [assistant("Red.")]}
+    row = one_row(tmp_path / "a", data, format="openai")
+    assert (row.prompt, row.answers) == (HELLO, {"chosen": [assistant("Blue.")], "rejected": [assistant("Red.")]})
+    for given, what in (
+        ({"messages": HELLO, "tools": [{}]}, "input has tools, which would be lost"),
+        ({"prompt": "Hi."}, "input has no messages; format: openai has {messages: [...]}"),
+    ):
+        _, dropped = read(jsonl(tmp_path / "b", [{**data, "input": given}]), format="openai", on_broken="drop")
+        assert dropped == [Dropped("broken", "rows.jsonl:1", what)]
+    other = {"talk": talk, "chosen": "Blue.", "non_preferred_output": "Red."}
+    columns = {"prompt": "talk", "chosen": "chosen"}
+    assert one_row(tmp_path / "c", other, format="openai", columns=columns).prompt == HELLO

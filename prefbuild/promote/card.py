@@ -13,9 +13,17 @@ from prefbuild.compare import compare_samples
 from prefbuild.errors import PromotionRefused, StageError
 from prefbuild.gates import titles
 from prefbuild.promote.plots import is_number
+from prefbuild.recipe import Columns
 from prefbuild.sources import title
 
 CONFIDENCE = 0.95
+TUNED_ON = {
+    "pairs": "preferences",
+    "answers": "answers",
+    "labelled": "answers marked good or bad",
+    "prompts": "prompts, whose completions rewards scored,",
+}
+LABELS = (("true", "good"), ("false", "bad"))
 
 
 def render_card(
@@ -65,6 +73,7 @@ def render_card(
         own_text=_own_text(root, target["card"]),
         base=base,
         method=train["train"]["method"],
+        tuned_on=TUNED_ON[_data(resolved)["shape"]],
         adapter=target["adapter"],
         merged=target["merged"],
         where=where,
@@ -329,6 +338,7 @@ def _rows(prepare: dict[str, Any]) -> list[tuple[str, Any]]:
     found = [("read", rows["in"])]
     found += [(f"dropped: {reason.replace('_', ' ')}", count) for reason, count in prepare["dropped"].items() if count]
     found.append(("trained on", rows["train"]))
+    found += [(f"trained on: {kind} answers", prepare["labels"][key]) for key, kind in LABELS if "labels" in prepare]
     found += [("held out", rows["held_out"])] if rows["held_out"] else []
     found += [(f"{side} answers cut", count) for side, count in prepare.get("truncated", {}).items() if count]
     found += [
@@ -349,7 +359,7 @@ def _settings(resolved: dict[str, Any]) -> dict[str, Any]:
 
 def _columns(resolved: dict[str, Any]) -> list[tuple[str, str]]:
     columns = _data(resolved)["columns"]
-    return [(role, columns[role]) for role in ("system", "prompt", "chosen", "rejected") if columns[role] is not None]
+    return [(role, columns[role]) for role in Columns.model_fields if columns.get(role) is not None]
 
 
 def _data(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from prefbuild.gates import titles
-from prefbuild.report.page import curve_pictures, measured_number, number, standard_error
+from prefbuild.report.page import curve_names, curve_pictures, measured_number, number, standard_error
 from prefbuild.report.pictures import Panel, comparison, figure, histogram, nice_ticks
-from prefbuild.stages.report import CURVES, read_curve, read_lengths
+from prefbuild.stages.report import read_curve, read_lengths
 
 Drawn = tuple[str, str]  # an SVG file's text, and what it shows in words
 
@@ -24,7 +24,9 @@ def write_plots(root: Path, folder: Path, *, resolved: dict[str, Any], metrics: 
     of the build that can't be read.
     """
     drawn = {
-        "training.svg": _training(root / resolved["train"]["outputs"]["plots"] / "train"),
+        "training.svg": _training(
+            resolved["train"]["settings"]["train"]["method"], root / resolved["train"]["outputs"]["plots"] / "train"
+        ),
         "measured.svg": _measured(resolved, metrics),
         "lengths.svg": _lengths(root / resolved["prepare"]["outputs"]["lengths"]),
     }
@@ -36,11 +38,11 @@ def write_plots(root: Path, folder: Path, *, resolved: dict[str, Any], metrics: 
     return shown
 
 
-def _training(folder: Path) -> Drawn | None:
-    paths = {curve: folder / f"{curve}.tsv" for curve in CURVES}
-    curves = {curve: read_curve(path) if path.exists() else [] for curve, path in paths.items()}
+def _training(method: str, folder: Path) -> Drawn | None:
+    paths = {curve: folder / f"{curve}.tsv" for curve in curve_names(method)}
+    curves = {curve: read_curve(path) for curve, path in paths.items() if path.exists()}
     panels, says = [], []
-    for curve in curve_pictures(curves):
+    for curve in curve_pictures(method, curves):
         if not curve["picture"]:
             continue
         heading = curve["title"] + (f" ({curve['note']})" if curve["note"] else "")

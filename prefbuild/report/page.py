@@ -11,6 +11,7 @@ from typing import Any
 
 from prefbuild.compare import paired
 from prefbuild.errors import StageError
+from prefbuild.methods import PARTS
 from prefbuild.report import pictures
 
 MAX_TEXT = 1200  # characters of a prompt or an answer
@@ -18,7 +19,38 @@ NUM_EACH = 2  # samples shown of those the model got better, got worse, and answ
 SURE = 0.95  # what p-values are held against
 MINUS = "\u2212"
 
+# The curves that are drawn, by method: a picture's title, and what TRL calls the lines in it.
+_REWARDS = {
+    "Reward margin": ["rewards/margins"],
+    "Reward accuracy": ["rewards/accuracies"],
+    # In one picture: both may fall while the margin grows.
+    "Rewards": ["rewards/chosen", "rewards/rejected"],
+}
+_COMPLETIONS = {
+    "Reward": ["reward"],
+    "Spread of rewards in a group": ["reward_std"],
+    "Mean length of completions": ["completions/mean_length"],
+    "KL": ["kl"],
+    "Loss": ["loss"],
+}
+CURVES: dict[str, dict[str, list[str]]] = {
+    "dpo": {"Loss": ["loss"], **_REWARDS},
+    "orpo": {"Loss": ["loss"], **_REWARDS},
+    "simpo": {"Loss": ["loss"], **_REWARDS},
+    "sft": {"Loss": ["loss"], "Token accuracy": ["mean_token_accuracy"], "Entropy": ["entropy"]},
+    "kto": {"Loss": ["loss"], "Reward margin": ["rewards/margins"], "Rewards": _REWARDS["Rewards"], "KL": ["kl"]},
+    "grpo": _COMPLETIONS,
+    "rloo": _COMPLETIONS,
+}
+# Curves that a run may lack: KTO logs rewards of the answers that a step has, and KL is measured with some settings.
+MAY_LACK = {
+    "kto": ("rewards/margins", "rewards/chosen", "rewards/rejected", "kl"),
+    "grpo": ("kl",),
+    "rloo": ("kl",),
+}
+
 Metrics = dict[str, float]
+PART_NAMES = list(dict.fromkeys(part for parts in PARTS.values() for part in parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +68,7 @@ class Built:
     """All that is shown of one recipe, as its files have it."""
 
     name: str
+    method: str
     base: str  # the baseline's name
     gate: dict[str, Any]
     prepare: dict[str, Any]
@@ -81,7 +114,7 @@ def view(built: Built) -> dict[str, Any]:
         "metrics": metrics,
         # What the gates judge, or where they judge nothing that is measured, each task's first metric.
         "headlines": [row for row in metrics if f"evaluate.{row['task']}.{row['metric']}" in judged] or firsts,
-        "curves": curve_pictures(built.curves),
+        "curves": curve_pictures(built.method, built.curves),
         "rows": row_accounting(built.prepare),
         "lengths": _markup(pictures.histogram("Rows by length in tokens", built.lengths, "tokens")),
         "facts": flatten(built.train),
@@ -139,16 +172,18 @@ def metric_rows(measured: Measured, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def curve_pictures(curves: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """Loss, margin, accuracy, and both rewards in one picture: they may both fall while the margin grows."""
-    wanted = {
-        "Loss": ["loss"],
-        "Reward margin": ["rewards/margins"],
-        "Reward accuracy": ["rewards/accuracies"],
-        "Rewards": ["rewards/chosen", "rewards/rejected"],
-    }
+def curve_names(method: str) -> list[str]:
+    """All curves that are drawn of a method."""
+    return [name for names in CURVES[method].values() for name in names]
+
+
+def curve_pictures(method: str, curves: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """A picture for each title in CURVES that the run has a curve for."""
     shown = []
-    for title, names in wanted.items():
+    for title, wanted in CURVES[method].items():
+        names = [name for name in wanted if name in curves]
+        if not names:
+            continue
         finite = {name: [point for point in curves[name] if all(map(math.isfinite, point))] for name in names}
         lost = sum(len(curves[name]) - len(points) for name, points in finite.items())
         size = math.ceil(max(len(points) for points in finite.values()) / pictures.MAX_POINTS)
@@ -187,8 +222,9 @@ def row_accounting(prepare: dict[str, Any]) -> dict[str, Any]:
         ),
         "truncated": prepare["truncated"],
         "end_of_turn_lost": prepare["end_of_turn_lost"],
-        "boundary_differs": prepare["boundary_differs"],
-        "tokens": {part: prepare["tokens"][part] for part in ("prompt", "chosen", "rejected")},
+        "boundary_differs": prepare.get("boundary_differs", 0),  # of prompts alone there is no boundary
+        "labels": prepare.get("labels"),
+        "tokens": {part: prepare["tokens"][part] for part in PART_NAMES if part in prepare["tokens"]},
     }
 
 

@@ -11,10 +11,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, read_json, write_atomic
 from prefbuild.errors import StageError
-from prefbuild.report.page import Built, Measured, render
-
-# Under live/plots/metrics/train, as TRL names them.
-CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+from prefbuild.report.page import MAY_LACK, Built, Measured, curve_names, render
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
@@ -25,25 +22,26 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     builds = []
     for recipe in settings["recipes"]:
         gate = next(path for path in inputs[recipe] if path.name == "gate.json")
-        builds.append((recipe, gate.parent, Path(settings["baselines"][recipe])))
-    missing = [str(path) for _, folder, baseline in builds for path in needed(folder, baseline) if not path.exists()]
+        method = settings["methods"][recipe]
+        builds.append((recipe, method, gate.parent, Path(settings["baselines"][recipe])))
+    missing = [str(path) for _, *build in builds for path in needed(*build) if not path.exists()]
     if missing:
         raise StageError(f"{', '.join(dict.fromkeys(missing))}: missing, so the report would lack it; run `dvc repro`")
-    page = render([read_build(recipe, folder, baseline) for recipe, folder, baseline in builds])
+    page = render([read_build(*build) for build in builds])
     write_atomic(outputs["report"] / "index.html", page)
 
 
-def needed(folder: Path, baseline: Path) -> list[Path]:
-    """Every file the page is made of."""
+def needed(method: str, folder: Path, baseline: Path) -> list[Path]:
+    """Every file the page of a recipe is made of, but for curves that a run may lack."""
     files = [folder / f"{stage}.json" for stage in ("gate", "prepare", "train", "merge", "evaluate")]
     files += [folder / "lengths.csv", folder / "evaluate" / MANIFEST, baseline / MANIFEST]
-    files += [_curve_path(folder, curve) for curve in CURVES]
+    files += [_curve_path(folder, curve) for curve in curve_names(method) if curve not in MAY_LACK.get(method, ())]
     for path in _measurements(folder):
         files += [path.with_suffix(".jsonl"), baseline / path.name, baseline / f"{path.stem}.jsonl"]
     return files
 
 
-def read_build(recipe: str, folder: Path, baseline: Path) -> Built:
+def read_build(recipe: str, method: str, folder: Path, baseline: Path) -> Built:
     """All that is shown of one recipe. StageError when files contradict each other."""
     gate, rows, metrics = (read_json(folder / f"{stage}.json") for stage in ("gate", "prepare", "evaluate"))
     if gate["recipe"] != recipe:
@@ -60,13 +58,16 @@ def read_build(recipe: str, folder: Path, baseline: Path) -> Built:
         raise StageError(f"{folder / 'evaluate.json'}: is not what {folder / 'evaluate'} holds; run `dvc repro`")
     return Built(
         name=recipe,
+        method=method,
         base=baseline.name,
         gate=gate,
         prepare=rows,
         train=read_json(folder / "train.json"),
         merge=read_json(folder / "merge.json"),
         lengths=read_lengths(folder / "lengths.csv"),
-        curves={curve: read_curve(_curve_path(folder, curve)) for curve in CURVES},
+        curves={
+            curve: read_curve(path) for curve in curve_names(method) if (path := _curve_path(folder, curve)).exists()
+        },
         measured=sorted(measured, key=lambda one: (one.model["task"], one.key)),
     )
 

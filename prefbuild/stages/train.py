@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import read_manifest, verify_artifact, write_json
-from prefbuild.recipe import DPO
+from prefbuild.methods import METHODS
+from prefbuild.rewards.file import verify as verify_rewards
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
     """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
     verify_artifact(inputs["prepared"])
-    from prefbuild.training import dpo
+    verify_rewards(settings.get("rewards", []))
+    from prefbuild.training import trainer
 
     base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
-    metrics = dpo.train(
-        DPO.model_validate(settings["train"]),
+    method = settings["train"]["method"]
+    metrics = trainer(method)(
+        METHODS[method].model_validate(settings["train"]),
         seed=settings["seed"],
         base=base,
         model=inputs["model"],

@@ -4,7 +4,9 @@ A checkpoint counts only when its manifest, written last, agrees with its files:
 one without optimizer or random state, and end elsewhere without a word.
 """
 
+import functools
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,8 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
+from prefbuild.methods import StopRule, TrainOptions
 
 NEEDED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+NUM_POINTS_TO_APPEAR = 5  # logged points by which a metric that stop_if names must have come
 
 
 def use_bf16(precision: str) -> bool:
@@ -31,6 +36,140 @@ def use_bf16(precision: str) -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(cpu_bf16())
+
+
+def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: int, bf16: bool, **own: Any) -> Any:
+    """The arguments that all of TRL's trainers have, and a method's own. `config` is the trainer's class of them."""
+    import torch
+
+    return config(
+        output_dir=str(work),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.num_train_epochs or 1.0,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # Trainer would log an average in place of a loss that is no number
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        **own,
+    )
+
+
+def set_up(settings: TrainOptions, seed: int) -> bool:
+    """Seeds, determinism, and whether to compute in bf16, which is returned."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers import set_seed
+
+    torch.use_deterministic_algorithms(settings.deterministic)
+    # Costs time only: no kernel used here reads memory that it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    set_seed(seed)
+    disable_progress_bars()
+    return use_bf16(settings.precision)
+
+
+def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
+    """The base model to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
+
+    What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
+    checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized: dict[str, Any] = {}
+    if settings.quantization == "nf4":
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+            bnb_4bit_use_double_quant=False,
+        )
+    dtype = "auto" if bf16 else torch.float32
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, local_files_only=True, use_safetensors=True, **quantized
+    )
+
+
+def lora_config(settings: TrainOptions) -> Any:
+    """PEFT's config of the adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(**settings.lora.model_dump(), bias="none", task_type="CAUSAL_LM")
+
+
+def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+    """Train, from a checkpoint if there is one; returns Trainer's result and the logged points that have a loss.
+
+    A run that broke a rule of `stop_if` ends early; shared_metrics tells. Raises StageError when the loss became no
+    number, or a rule's metric is not logged.
+    """
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Health(settings))
+    if checkpoint:
+        # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
+        trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
+        # TRL 1.16 counts the tokens of a resumed run from 0
+        logged = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        trainer._total_train_tokens = int(max(entry.get("num_tokens", 0) for entry in logged))
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    refuse_no_number(result.training_loss, settings)
+    return result, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def refuse_no_number(loss: float, settings: TrainOptions) -> None:
+    """StageError for a loss that is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise StageError(f"the loss became {loss}; lower train.learning_rate (now {settings.learning_rate})")
+
+
+def shared_metrics(trainer: Any, result: Any, history: list[dict[str, Any]], bf16: bool) -> dict[str, Any]:
+    """The part of train.json that every method has."""
+    last = history[-1]
+    stopped = next(one.stopped for one in trainer.callback_handler.callbacks if isinstance(one, Health))
+    return {
+        "steps": trainer.state.global_step,
+        "stopped": stopped,
+        "stopped_early": int(stopped is not None),
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "loss": last["loss"],
+        # Not result.training_loss, which after a resume is the sum of the steps since, divided by all.
+        "mean_loss": math.fsum(entry["loss"] for entry in history) / len(history),
+        "grad_norm": {"last": last["grad_norm"], "max": max(entry["grad_norm"] for entry in history)},
+        "tokens": last["num_tokens"],
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "machine": machine() | {"precision": "bf16" if bf16 else "float32"},
+    }
+
+
+def pick(entry: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of one family, by their last name: {"rewards/margins": 1} -> {"margins": 1}."""
+    return {key.removeprefix(prefix): value for key, value in sorted(entry.items()) if key.startswith(prefix)}
+
+
+def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
+    """The token ids of prepared rows, by part: {"prompt_ids": [...], ...}."""
+    with open(path, encoding="utf-8") as file:
+        return [{f"{part}_ids": row[f"{part}_ids"] for part in parts} for row in map(json.loads, file)]
 
 
 def machine() -> dict[str, str]:
@@ -91,7 +230,7 @@ class Curves(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar in words: step, time left, loss, margin, accuracy."""
+    """One bar in words: step, time left, loss, and margin and accuracy or reward and length."""
 
     def __init__(self, name: str):
         self.name = name
@@ -119,7 +258,13 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if self.bar is not None and "loss" in logs:
-            words = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+            words = {
+                "loss": "loss",
+                "rewards/margins": "margin",
+                "rewards/accuracies": "accuracy",
+                "reward": "reward",
+                "completions/mean_length": "length",
+            }
             self.bar.set_postfix(
                 {word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False
             )
@@ -131,6 +276,46 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.close()
+
+
+class Health(TrainerCallback):
+    """End a run that diverges: by the rules of `stop_if`, or with StageError when its loss is no number.
+
+    It looks at the points that checkpoints keep, and lets none be saved at the step it stops at, so that a run that
+    is killed and goes on stops where it would have stopped.
+    """
+
+    def __init__(self, settings: TrainOptions):
+        self.settings = settings
+        self.stopped: dict[str, Any] | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in (logs or {}):
+            return  # an evaluation, or the summary at the end
+        points = [entry for entry in state.log_history if "loss" in entry]
+        refuse_no_number(points[-1]["loss"], self.settings)
+        for rule in self.settings.stop_if:
+            if self.stopped is None and self._broken(rule, points):
+                self.stopped = {"step": state.global_step, "rule": str(rule)}
+                control.should_training_stop, control.should_save = True, False
+                print(f"stopped at step {state.global_step}: {rule} (train.stop_if)", file=sys.stderr)
+
+    def _broken(self, rule: StopRule, points: list[dict[str, Any]]) -> bool:
+        logged = [{key.replace("/", "."): value for key, value in point.items()} for point in points]
+        # KTO logs the rewards of good answers only where a batch has any.
+        values = [point[rule.metric] for point in logged if rule.metric in point]
+        if not values and len(points) >= NUM_POINTS_TO_APPEAR:
+            there = ", ".join(sorted({key for point in logged for key in point} - {"step", "epoch"}))
+            raise StageError(f"train.stop_if: {rule.metric} is not logged; there are {there}")
+        newest = values[-rule.for_ :]
+        return rule.metric in logged[-1] and len(newest) == rule.for_ and all(map(rule.broken_by, newest))
 
 
 class Checkpoints(TrainerCallback):

@@ -4,22 +4,34 @@ Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by h
 The reference is the base itself: the adapter is switched off, so no second model is loaded.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from prefbuild.errors import StageError
-from prefbuild.recipe import DPO
+from prefbuild.methods import DPO, PARTS
 from prefbuild.training.common import (
     Checkpoints,
     Curves,
     ProgressBar,
-    machine,
+    load_policy,
+    lora_config,
     newest_checkpoint,
+    pick,
+    read_ids,
+    run_trainer,
     save_adapter,
-    use_bf16,
+    set_up,
+    shared_metrics,
+    trainer_arguments,
 )
+
+# A policy that is its reference gives 0 exactly, unless rounding differs: nats by which a whole answer may be likelier.
+TOLERANCE = 0.2
+# The losses that are ln 2 while policy and reference are the same.
+LN_2_LOSSES = {"sigmoid", "sigmoid_norm", "robust"}
 
 
 def train(
@@ -37,13 +49,12 @@ def train(
     """Train an adapter on prepared rows and save it; returns the metrics of train.json.
 
     `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number.
+    goes on from the newest whole one found there. Raises StageError when the loss is no number, or the reference is
+    not the base.
     """
-    import torch
     import trl.trainer.utils
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+    from datasets import Dataset
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     class TokenizedDPOTrainer(DPOTrainer):
@@ -54,115 +65,101 @@ def train(
             return dataset
 
     # ---- settings
-    bf16 = use_bf16(settings.precision)
-    torch.use_deterministic_algorithms(settings.deterministic)
-    # Costs time only: no kernel used here reads memory that it did not write.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    bf16 = set_up(settings, seed)
     # On a CPU TRL 1.16 scores every position, prompts and padding too, and masks them afterwards; this makes it score
     # the positions that count, as it does on GPUs. The only use of the name in that module.
     trl.trainer.utils._use_triton = lambda device: True
-    set_seed(seed)
-    disable_progress_bars()
-    arguments = DPOConfig(
-        output_dir=str(work),
+    arguments = trainer_arguments(
+        DPOConfig,
+        settings,
+        work=work,
+        seed=seed,
+        bf16=bf16,
         loss_type=list(settings.loss_type),
         loss_weights=settings.loss_weights,
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps or -1,
-        num_train_epochs=settings.num_train_epochs or 1.0,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        optim=settings.optim,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        use_weighting=settings.use_weighting,
+        ld_alpha=settings.ld_alpha,
+        f_divergence_type=settings.f_divergence_type,
+        f_alpha_divergence_coef=settings.f_alpha_divergence_coef,
         disable_dropout=settings.disable_dropout,
         max_length=None,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=seed,
-        data_seed=seed,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # Trainer would log an average in place of a loss that is no number
-        logging_steps=settings.logging_steps,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to="none",
     )
 
     # ---- data
-    train_rows = read_rows(prepared / "train.jsonl")
-    held_out_rows = read_rows(prepared / "held_out.jsonl")
-
-    # ---- model
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    policy = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto" if bf16 else torch.float32, local_files_only=True, use_safetensors=True
-    )
-    lora = LoraConfig(
-        r=settings.lora.r,
-        lora_alpha=settings.lora.lora_alpha,
-        lora_dropout=settings.lora.lora_dropout,
-        target_modules=settings.lora.target_modules,
-        use_rslora=settings.lora.use_rslora,
-        use_dora=settings.lora.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    train_rows = read_ids(prepared / "train.jsonl", PARTS["pairs"])
+    held_out_rows = read_ids(prepared / "held_out.jsonl", PARTS["pairs"])
 
     # ---- train
     checkpoint = newest_checkpoint(work)
     trainer = TokenizedDPOTrainer(
-        model=policy,
+        model=load_policy(settings, model, bf16),
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
+        peft_config=lora_config(settings),
+        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live), Reference(settings)],
     )
-    trainer.remove_callback(PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not math.isfinite(result.training_loss):
-        raise StageError(
-            f"the loss became {result.training_loss}; lower train.learning_rate (now {settings.learning_rate})"
-        )
+    result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
     save_adapter(trainer.model, adapter, base)
     return {
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0.0, 4),
-        "loss": last["loss"],
-        "mean_loss": result.training_loss,
-        "grad_norm": {"last": last["grad_norm"], "max": max(entry["grad_norm"] for entry in history)},
+        **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(last, "rewards/"),
         "logps": pick(last, "logps/"),
         "step_0": {"loss": first["loss"], "margins": first["rewards/margins"]},
         "chosen_logps_change": last["logps/chosen"] - first["logps/chosen"],
         "held_out": {"loss": held_out["eval_loss"], "rewards": pick(held_out, "eval_rewards/")} if held_out else {},
-        "tokens": last["num_tokens"],
-        "seconds": round(result.metrics["train_runtime"], 1),
-        "machine": machine() | {"precision": "bf16" if bf16 else "float32"},
     }
 
 
-def read_rows(path: Path) -> list[dict[str, list[int]]]:
-    """The token ids of prepared rows."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    with open(path, encoding="utf-8") as file:
-        return [{column: row[column] for column in columns} for row in map(json.loads, file)]
+class Reference(TrainerCallback):
+    """The reference is checked where it can be: before the first update an adapter changes nothing.
+
+    What is logged of step 1 was computed before its update.
+    """
+
+    def __init__(self, settings: DPO):
+        self.settings = settings
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if state.global_step == 1 and "rewards/chosen" in logs:
+            check_reference(self.settings, logs)
 
 
-def pick(entry: dict[str, float], prefix: str) -> dict[str, float]:
-    """The metrics of one family, by their last name: {"rewards/margins": 1} -> {"margins": 1}."""
-    return {key.removeprefix(prefix): value for key, value in sorted(entry.items()) if key.startswith(prefix)}
+def check_reference(settings: DPO, first: dict[str, Any]) -> None:
+    """StageError unless step 1's rewards (so their margins) are 0, and its loss is ln 2 where that follows from them.
+
+    Not checked with dropout, which makes the two differ by itself, nor is a loss with further terms.
+    """
+    if not settings.disable_dropout:
+        return
+    chosen, rejected, loss = first["rewards/chosen"], first["rewards/rejected"], first["loss"]
+    if max(abs(chosen), abs(rejected)) > TOLERANCE * settings.beta:
+        raise StageError(
+            f"step 1 has rewards of {chosen:.3g} (chosen) and {rejected:.3g} (rejected) before any update, where both "
+            "must be 0: the reference is not the model trained on with its adapter switched off. Check that the base "
+            "computes alike twice; with train.precision: float32 what is left is no rounding"
+        )
+    losses = set(settings.loss_type)
+    if not losses <= LN_2_LOSSES or settings.use_weighting or "aux_loss" in first:
+        return
+    wanted = math.log(2) * sum(settings.loss_weights or [1.0] * len(settings.loss_type))
+    if abs(loss - wanted) > 0.02 * wanted:
+        raise StageError(
+            f"step 1 has a loss of {loss:.4g} before any update, where {' and '.join(settings.loss_type)} of rewards "
+            f"of 0 must be {wanted:.4g} (ln 2 a loss): what is trained is not the loss the recipe names"
+        )

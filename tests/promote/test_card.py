@@ -320,6 +320,40 @@ def test_rows_are_accounted_for(root):
     ]
 
 
+@pytest.mark.parametrize(
+    ("method", "columns", "tuned_on", "says"),
+    [
+        ("sft", {"messages": "m"}, "answers", "messages from m."),
+        ("kto", {}, "answers marked good or bad", "prompt from prompt, completion from completion, label from label."),
+        ("grpo", {"system": "s"}, "prompts, whose completions rewards scored,", "system from s, prompt from prompt."),
+    ],
+)
+def test_the_card_of_another_method_has_its_own_parts(root, method, columns, tuned_on, says):
+    rewards = {"rewards": [{"reward": "length", "target": 50}]} if method == "grpo" else {}
+    lengths = {} if method == "grpo" else {"max_length": 64}
+    source = {"sources": built.RECIPE["data"]["sources"]}
+    change_recipe(
+        root,
+        train={"method": method, **rewards},
+        data={**source, "columns": columns, "max_prompt_length": 32, **lengths},
+        gates=[gate for gate in built.GATES if not gate["metric"].startswith(("train.rewards", "prepare."))],
+    )
+    answers = {} if method == "grpo" else {"completion": 3}
+
+    def prepared(metrics):
+        metrics.update(truncated=answers, end_of_turn_lost=dict.fromkeys(answers, 1))
+        metrics.update({"labels": {"true": 6, "false": 2}} if method == "kto" else {})
+
+    built.edit(root / "build/x/prepare.json", prepared)
+    text = card(root)
+    assert f"tuned on {tuned_on} with {method.upper()}. Published" in text
+    data = section(text, "Data")
+    assert f"\n\nColumns: {says}\n\n" in data
+    assert ("| completion answers cut | 3 |" in data) == (method != "grpo")
+    assert ("| trained on: good answers | 6 |" in data) == (method == "kto")
+    assert "chosen" not in text.partition("## Training")[0] and "rejected" not in data
+
+
 def test_settings_are_those_that_were_resolved(root):
     lines = section(card(root), "Training").splitlines()
     for line in ("| method | dpo |", "| beta | 0.25 |", "| max_steps | 8 |", "| lora.r | 4 |", "| seed | 42 |"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 
 from prefbuild.errors import DataError
-from prefbuild.recipe import Data
-from prefbuild.rows import REASONS
-from prefbuild.stages.prepare import Answer, Pair, histogram, prepare, preview, run, split
+from prefbuild.recipe import Data, data_settings
+from prefbuild.rows import REASONS, reasons
+from prefbuild.stages.prepare import Answer, PreparedRow, histogram, prepare, preview, run, split
 from prefbuild.template import load_tokenizer
 
 FIVE = "one two three four five"  # 5 tokens, and 2 more for the end of turn and the line break after it
@@ -20,8 +21,8 @@ FIVE = "one two three four five"  # 5 tokens, and 2 more for the end of turn and
 def settings(**keys: Any) -> dict[str, Any]:
     """The section of a resolved recipe."""
     source = {"source": "file", "path": "rows.jsonl"}
-    seed = keys.pop("seed", 1)
-    return {"data": Data.model_validate({"sources": [source], **keys}).model_dump(by_alias=True), "seed": seed}
+    seed, shape, keep = keys.pop("seed", 1), keys.pop("shape", "pairs"), keys.pop("keep", [])
+    return {"data": data_settings(Data.model_validate({"sources": [source], **keys}), shape, keep), "seed": seed}
 
 
 def data_folder(folder: Path, rows: list[Any]) -> Path:
@@ -37,13 +38,14 @@ def row(prompt: Any, chosen: Any = "Yes.", rejected: Any = "No.") -> dict[str, A
 class Built:
     """What the stage left in a folder."""
 
-    def __init__(self, folder: Path, model: Path, data: Path, **keys: Any):
+    def __init__(self, folder: Path, model: Path, *data: Path, **keys: Any):
+        told = keys.pop("settings", None) or settings(**keys)
         outputs = {
             "prepared": folder / "prepared",
             "metrics": folder / "prepare.json",
             "lengths": folder / "lengths.csv",
         }
-        run(settings(**keys), {"model": model, "data": [data]}, outputs, folder / "work", "test")
+        run(told, {"model": model, "data": list(data)}, outputs, folder / "work", "test")
         self.files = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
         self.metrics = json.loads(self.files["prepare.json"])
         self.train = [json.loads(line) for line in self.files["train.jsonl"].decode().splitlines()]
@@ -242,7 +244,7 @@ def test_truncation_and_loss_of_the_end_of_turn(
         max_prompt_length=prompt,
         max_length=max(prompt + room, prompt + 1),
     )
-    whole = prepare_one(smollm2, tmp_path / "second").rejected.ids
+    whole = prepare_one(smollm2, tmp_path / "second").answers["rejected"].ids
     assert len(whole) == 7
     assert built.train[0]["rejected_ids"] == whole[:room]
     assert built.train[0]["rejected"] == FIVE + "<|im_end|>\n"
@@ -252,9 +254,9 @@ def test_truncation_and_loss_of_the_end_of_turn(
     assert built.metrics["end_of_turn_lost"] == {"chosen": short["lost"], "rejected": lost}
 
 
-def prepare_one(model: Path, folder: Path) -> Pair:
+def prepare_one(model: Path, folder: Path) -> PreparedRow:
     data = data_folder(folder, [row("Count.", "1", FIVE)])
-    return prepare(settings(), {"model": model, "data": [data]}).pairs[0]
+    return prepare(settings(), {"model": model, "data": [data]}).rows[0]
 
 
 def test_a_prompt_may_be_as_long_as_the_limit(smollm2: Path, tmp_path: Path) -> None:
@@ -328,9 +330,10 @@ def test_boundary_is_counted(smollm2: Path, tmp_path: Path) -> None:
 # ---- split
 
 
-def pairs(prompts: list[str]) -> list[Pair]:
+def pairs(prompts: list[str]) -> list[PreparedRow]:
     answer = Answer("", [], 0, False)
-    return [Pair(str(number), "", prompt, [], answer, answer) for number, prompt in enumerate(prompts)]
+    answers = {"chosen": answer, "rejected": answer}
+    return [PreparedRow(str(number), "", prompt, [], answers, None, [], {}) for number, prompt in enumerate(prompts)]
 
 
 def test_split_fills_the_fraction_by_whole_prompts() -> None:
@@ -413,3 +416,225 @@ def test_preview_shortens_long_texts_unless_wide(smollm2: Path, tmp_path: Path) 
 def test_preview_spells_out_control_characters(smollm2: Path, tmp_path: Path) -> None:
     text = preview_of(tmp_path, smollm2, [row("Is \x1b[31mit?"), row("", {"a\x1b[2J": 1})], 1, on_broken="drop")
     assert "Is \\x1b[31mit?" in text and "\x1b" not in text
+
+
+# ---- other shapes than pairs
+
+
+def test_real_labelled_conversations_are_accounted_for(smollm2: Path, real_data: Path, tmp_path: Path) -> None:
+    rows = json.loads((real_data / "preference/kto_300.json").read_text(encoding="utf-8"))
+    columns = {"messages": "messages"}
+    built = build(tmp_path, smollm2, rows, shape="labelled", columns=columns, held_out=0.1, max_prompt_length=400)
+    counted, dropped = built.metrics["rows"], built.metrics["dropped"]
+    assert counted["in"] == 300 == counted["out"] + sum(dropped.values())
+    assert list(dropped) == sorted(reasons("labelled")) and "identical_pair" not in dropped
+    assert (len(built.train), len(built.held_out)) == (counted["train"], counted["held_out"])
+    assert built.metrics["labels"] == {
+        "true": sum(r["label"] is True for r in built.train), "false": sum(r["label"] is False for r in built.train),
+    }  # fmt: skip
+    tokenizer = load_tokenizer(smollm2)
+    for prepared in built.train + built.held_out:
+        assert list(prepared) == ["id", "prompt", "completion", "prompt_ids", "completion_ids", "label"]
+        source = rows[int(prepared["id"].removeprefix("0:")) - 1]
+        assert prepared["label"] is source["label"]
+        assert prepared["completion"] == f"{source['messages'][-1]['content']}<|im_end|>\n"
+        assert all(message["content"].strip() in prepared["prompt"] for message in source["messages"][:-1])
+        assert tokenizer.decode(prepared["prompt_ids"]) == prepared["prompt"]
+        assert len(prepared["prompt_ids"]) <= 400
+        assert len(prepared["prompt_ids"]) + len(prepared["completion_ids"]) <= 1024
+    cut = sum(tokenizer.decode(r["completion_ids"]) != r["completion"] for r in built.train + built.held_out)
+    assert built.metrics["truncated"] == {"completion": cut}
+    assert list(built.metrics["tokens"]) == ["completion", "prompt"]
+    assert counted["out"] > 200
+
+
+def test_real_answers_are_prompt_and_completion(smollm2: Path, real_data: Path, tmp_path: Path) -> None:
+    with open(real_data / "sft/v1_sft_demo.jsonl", encoding="utf-8") as file:
+        talks = [json.loads(line)["messages"] for line in file]
+    # Its contents are lists of parts, one text each.
+    rows = [
+        {"messages": [{"role": m["role"], "content": "".join(part["value"] for part in m["content"])} for m in talk]}
+        for talk in talks
+    ]
+    built = build(tmp_path, smollm2, rows, shape="answers", columns={"messages": "messages"}, held_out=0.1)
+    seen = {json.dumps(r) for r in rows}
+    assert built.metrics["rows"]["in"] == 500 and built.metrics["dropped"]["duplicate"] == 500 - len(seen)
+    assert built.metrics["rows"]["out"] == len(seen) == len(built.train) + len(built.held_out)
+    for prepared in built.train:
+        question, answer = rows[int(prepared["id"].removeprefix("0:")) - 1]["messages"]
+        assert list(prepared) == ["id", "prompt", "completion", "prompt_ids", "completion_ids"]
+        assert prepared["prompt"].endswith(
+            f"<|im_start|>user\n{question['content']}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert prepared["completion"] == f"{answer['content']}<|im_end|>\n"
+
+
+def test_real_posts_are_prompts_with_what_rewards_read(smollm2: Path, real_data: Path, tmp_path: Path) -> None:
+    with open(real_data / "prompts/tldr_100.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    built = build(tmp_path, smollm2, rows, shape="prompts", keep=["completion"], held_out=0.2, max_prompt_length=300)
+    long = built.metrics["dropped"]["prompt_too_long"]
+    assert built.metrics["rows"] == {
+        "in": 100,
+        "out": 100 - long,
+        "train": len(built.train),
+        "held_out": len(built.held_out),
+    }
+    assert 0 < long < 80 and sum(built.metrics["dropped"].values()) == long
+    for prepared in built.train + built.held_out:
+        source = rows[int(prepared["id"].removeprefix("0:")) - 1]
+        assert list(prepared) == ["id", "prompt", "prompt_ids", "messages", "columns"]
+        assert prepared["messages"] == [{"role": "user", "content": source["prompt"]}]
+        assert prepared["columns"] == {"completion": source["completion"]}
+        assert len(prepared["prompt_ids"]) <= 300
+    assert built.metrics["truncated"] == built.metrics["end_of_turn_lost"] == {}
+    assert list(built.metrics["tokens"]) == ["prompt"] and "boundary_differs" not in built.metrics
+    assert {line.partition(",")[0] for line in built.files["lengths.csv"].decode().splitlines()[1:]} == {"prompt"}
+
+
+def answer(prompt: Any, completion: Any = "Yes.", **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, **more}
+
+
+@pytest.mark.parametrize("shape", ["answers", "labelled"])
+def test_each_reason_is_counted_once_for_answers(smollm2: Path, tmp_path: Path, shape: str) -> None:
+    rows = [
+        answer("Is it?", label=True),
+        answer(3, label=True),  # broken
+        {**answer("Is it?", "No.", label=True), "score": 1},  # filtered
+        answer("", "a", label=True),  # empty
+        answer("Is it?", "", label=True),  # empty
+        answer("Is it <|im_end|>?", label=True),  # special_token
+        answer("Is it?", "<repo_name>No.", label=True),  # special_token
+        answer([{"role": "user", "content": "Is it?"}], label=1),  # duplicate
+        answer("Is " * 60 + "it?", label=True),  # prompt_too_long
+        answer("Is it?", "Yes. " * 60, label=True),  # too_long
+        answer("Is it?", "No.", label=False),
+    ]
+    if shape == "answers":
+        rows = [{key: value for key, value in one.items() if key != "label"} for one in rows]
+    keys: dict[str, Any] = {"filters": [{"column": "score", "not_in": [1]}], "on_broken": "drop", "on_too_long": "drop"}
+    built = build(tmp_path, smollm2, rows, shape=shape, max_prompt_length=60, max_length=80, **keys)
+    assert built.metrics["dropped"] == {
+        "broken": 1, "filtered": 1, "empty": 2, "special_token": 2, "duplicate": 1, "prompt_too_long": 1, "too_long": 1,
+    }  # fmt: skip
+    assert [prepared["id"] for prepared in built.train] == ["0:1", "0:11"]
+    assert built.metrics.get("labels") == ({"true": 1, "false": 1} if shape == "labelled" else None)
+
+
+def test_an_answer_with_another_label_or_column_is_no_duplicate(smollm2: Path, tmp_path: Path) -> None:
+    rows = [answer("Is it?", label=label) for label in (True, False, 1, 0)]
+    labelled = build(tmp_path / "a", smollm2, rows, shape="labelled")
+    assert [prepared["label"] for prepared in labelled.train] == [True, False]
+    prompts = [{"prompt": "Is it?", "x": x} for x in (1, "1", 1, None)]
+    kept = build(tmp_path / "b", smollm2, prompts, shape="prompts", keep=["x"])
+    assert [prepared["columns"]["x"] for prepared in kept.train] == [1, "1", None]
+    plain = build(tmp_path / "c", smollm2, prompts, shape="prompts", ignore=["x"])
+    assert len(plain.train) == 1 and plain.train[0]["columns"] == {}
+
+
+def test_an_answer_is_cut_like_those_of_a_pair(smollm2: Path, tmp_path: Path) -> None:
+    rows = [answer("Count.", FIVE)]
+    whole = build(tmp_path / "whole", smollm2, rows, shape="answers").train[0]
+    prompt = len(whole["prompt_ids"])
+    keys = {"shape": "answers", "max_prompt_length": prompt, "max_length": prompt + 3}
+    cut = build(tmp_path / "cut", smollm2, rows, **keys)
+    assert cut.train[0]["completion_ids"] == whole["completion_ids"][:3]
+    assert cut.train[0]["completion"] == whole["completion"]
+    assert cut.metrics["truncated"] == cut.metrics["end_of_turn_lost"] == {"completion": 1}
+    assert cut.metrics["tokens"]["completion"]["max"] == 7
+
+
+def test_a_pairs_sides_are_prepared_like_answers(smollm2: Path, tmp_path: Path) -> None:
+    """The chosen answer of a pair, and the same row as an answer, have the same texts and ids."""
+    pair = build(tmp_path / "pair", smollm2, [row("Is it?", FIVE, "No.")]).train[0]
+    alone = build(tmp_path / "alone", smollm2, [answer("Is it?", FIVE)], shape="answers").train[0]
+    assert (alone["prompt"], alone["prompt_ids"]) == (pair["prompt"], pair["prompt_ids"])
+    assert (alone["completion"], alone["completion_ids"]) == (pair["chosen"], pair["chosen_ids"])
+    prompts = build(tmp_path / "prompt", smollm2, [{"prompt": "Is it?"}], shape="prompts").train[0]
+    assert (prompts["prompt"], prompts["prompt_ids"]) == (pair["prompt"], pair["prompt_ids"])
+
+
+def test_preview_of_other_shapes(smollm2: Path, tmp_path: Path) -> None:
+    rows = [answer("Is it?", label=True), answer("Is it?", "No.", label=False)]
+    text = preview_of(tmp_path / "labelled", smollm2, rows, 2, shape="labelled")
+    assert "==== row 0:1  rows.jsonl:1  to train on, good\n" in text and "to train on, bad\n" in text
+    assert "---- completion: 4 tokens\nYes.⟦<|im_end|>⟧\n" in text
+    assert "  to train on            2   1 good, 1 bad\n" in text
+    text = preview_of(
+        tmp_path / "prompts", smollm2, [{"prompt": "Is it?", "x": [1, "é"]}], 1, shape="prompts", keep=["x"]
+    )
+    assert '---- column x\n[1, "é"]\n' in text and "completion" not in text
+
+
+# ---- sources by weight
+
+
+def mixed(tmp_path: Path, model: Path, counts: list[int], weights: list[float | None], **keys: Any) -> Built:
+    """Sources of so many rows each, mixed by weight."""
+    names = "abcdefgh"
+    folders = [
+        data_folder(tmp_path / names[number], [row(f"{names[number]} {n}?") for n in range(count)])
+        for number, count in enumerate(counts)
+    ]
+    sources = [
+        {"source": "file", "path": f"{name}.jsonl", "weight": w} for name, w in zip(names, weights, strict=False)
+    ]
+    seed = keys.pop("seed", 1)
+    data = data_settings(Data.model_validate({"sources": sources, **keys}), "pairs")
+    return Built(tmp_path / "build", model, *folders, settings={"data": data, "seed": seed})
+
+
+def sources_of(built: Built) -> dict[str, int]:
+    return dict(Counter(prepared["id"].partition(":")[0] for prepared in built.train + built.held_out))
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "kept"),
+    [
+        ([40, 40], [1, 1], [40, 40]),
+        ([40, 10], [1, 1], [10, 10]),
+        ([40, 40], [3, 1], [40, 13]),
+        ([40, 40, 7], [0.5, 0.25, None], [40, 20, 7]),
+        ([7, 30, 30], [None, 0.1, 0.3], [7, 10, 30]),
+        ([10, 30], [None, None], [10, 30]),
+        ([3, 40], [1000, 1], [3, 0]),
+    ],
+)
+def test_sources_are_mixed_by_weight(
+    smollm2: Path, tmp_path: Path, counts: list[int], weights: list[float | None], kept: list[int]
+) -> None:
+    built = mixed(tmp_path, smollm2, counts, weights)
+    assert sources_of(built) == {str(source): count for source, count in enumerate(kept) if count}
+    dropped = built.metrics["dropped"]
+    assert dropped.get("sampled_out") == (None if set(weights) == {None} else sum(counts) - sum(kept))
+    assert built.metrics["rows"]["in"] == sum(counts) == built.metrics["rows"]["out"] + sum(dropped.values())
+    ids = [tuple(map(int, prepared["id"].split(":"))) for prepared in built.train]
+    assert ids == sorted(set(ids))  # in source order, and none twice
+
+
+def test_what_is_sampled_depends_on_the_seed_alone(smollm2: Path, tmp_path: Path) -> None:
+    def ids(folder: str, seed: int, counts: list[int]) -> set[str]:
+        built = mixed(tmp_path / folder, smollm2, counts, [1, 1], seed=seed)
+        return {prepared["id"] for prepared in built.train if prepared["id"].startswith("0:")}
+
+    first = ids("first", 1, [30, 10])
+    assert first == ids("again", 1, [30, 10]) != ids("other", 2, [30, 10])
+    assert len(first & ids("more", 1, [31, 10])) >= 9  # a row more moves one
+
+
+def test_rows_are_sampled_once_the_others_are_dropped(smollm2: Path, tmp_path: Path) -> None:
+    """The proportion is that of the rows kept, whatever was dropped before."""
+    rows = [[row("", "a")] * 5 + [row(f"a {n}?") for n in range(10)], [row(f"b {n}?") for n in range(40)]]
+    folders = [data_folder(tmp_path / str(number), one) for number, one in enumerate(rows)]
+    sources = [{"source": "file", "path": "x", "weight": weight} for weight in (1, 2)]
+    told = {"data": data_settings(Data.model_validate({"sources": sources}), "pairs"), "seed": 1}
+    built = Built(tmp_path / "build", smollm2, *folders, settings=told)
+    assert sources_of(built) == {"0": 10, "1": 20}
+    assert {reason: n for reason, n in built.metrics["dropped"].items() if n} == {"empty": 5, "sampled_out": 20}
+
+
+def test_a_weighed_source_without_rows_is_an_error(smollm2: Path, tmp_path: Path) -> None:
+    says = r"^data\.sources\[1\]\.weight: is 2, and no row of this source is left to sample$"
+    with pytest.raises(DataError, match=says):
+        mixed(tmp_path, smollm2, [3, 2], [1, 2], filters=[{"column": "prompt", "not_in": ["b 0?", "b 1?"]}])

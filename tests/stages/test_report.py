@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from prefbuild.artifact import write_json
 from prefbuild.errors import StageError
+from prefbuild.methods import METHODS, PARTS, SHAPES
 from prefbuild.report import page, pictures
+from prefbuild.rows import reasons
 from prefbuild.stages import report
 
 REASONS = ("broken", "duplicate", "empty", "filtered", "identical_pair", "prompt_too_long", "special_token", "too_long")
@@ -185,7 +188,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(root: Path, *names: str) -> str:
+def make(root: Path, *names: str, method: str = "dpo") -> str:
     """Run the stage as the worker would; returns the page."""
     recipes = list(names or ("concise", "too-short"))
     files = (
@@ -201,7 +204,11 @@ def make(root: Path, *names: str) -> str:
     inputs: dict[str, Any] = {name: [root / "build" / name / file for file in files] for name in recipes} | {
         "baselines": [baseline]
     }
-    settings = {"recipes": recipes, "baselines": {name: str(baseline) for name in recipes}}
+    settings = {
+        "recipes": recipes,
+        "methods": dict.fromkeys(recipes, method),
+        "baselines": {name: str(baseline) for name in recipes},
+    }
     report.run(settings, inputs, {"report": root / "build/report"}, root / "work", "report")
     return (root / "build/report/index.html").read_text(encoding="utf-8")
 
@@ -457,3 +464,72 @@ def test_a_count_of_one_in_a_million_can_be_seen() -> None:
 
 def test_a_single_point_is_drawn() -> None:
     assert "<circle" in pictures.line_chart("t", {"loss": [(1.0, 0.5)]}, "step")
+
+
+# ---- other methods
+
+
+def as_method(root: Path, method: str) -> Path:
+    """Make the build of `concise` one of another method, by what its stages write then; returns its folder."""
+    out = root / "build/concise"
+    shape = SHAPES[method]
+    tokens = {part: {"mean": 21.5, "p50": 20, "p95": 34, "max": 41} for part in PARTS[shape]}
+    answers = dict.fromkeys(PARTS[shape][1:], 0)
+
+    def prepared(metrics: dict[str, Any]) -> None:
+        metrics.update(tokens=tokens, truncated=answers, end_of_turn_lost=answers)
+        metrics["dropped"] = {reason: metrics["dropped"][reason] for reason in reasons(shape)}
+        metrics["rows"]["in"] = metrics["rows"]["out"] + sum(metrics["dropped"].values())
+        if shape == "labelled":
+            metrics["labels"] = {"true": 120, "false": 80}
+        if not answers:
+            del metrics["boundary_differs"]
+
+    edit(out / "prepare.json", prepared)
+    lines = [f"{part},{edge},10" for part in PARTS[shape] for edge in (0, 16, 32)]
+    (out / "lengths.csv").write_text("\n".join(["part,tokens,rows", *lines]) + "\n")
+    shutil.rmtree(out / "live/plots/metrics/train")
+    for curve in page.curve_names(method):
+        path = out / f"live/plots/metrics/train/{curve}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"step\t{path.stem}\n" + "".join(f"{step}\t{step / 4}\n" for step in range(1, 9)))
+    edit(out / "train.json", lambda metrics: [metrics.pop("rewards"), metrics.pop("step_0")])
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_page_of_its_own_parts_and_curves(project: Path, method: str) -> None:
+    as_method(project, method)
+    shown = Page(make(project, "concise", method=method)).sections["concise"]
+    for title in page.CURVES[method]:
+        assert f"{title} 0.25 → 2" in shown or f"{title} 0.25 / 0.25 → 2 / 2" in shown
+    parts = PARTS[SHAPES[method]]
+    table = shown[shown.index("Tokens mean") : shown.index("Merge The")]
+    assert table == "Tokens mean median 95 % longest " + "".join(f"{part} 21.5 20 34 41 " for part in parts)
+    assert ("identical pair" in shown) == (parts[-1] == "rejected")
+    assert ("No answer was cut" in shown) == (len(parts) > 1)
+    assert ("To train on: 120 good answers, 80 bad ones." in shown) == (method == "kto")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_curve_is_needed_unless_a_run_may_lack_it(project: Path, method: str) -> None:
+    out = as_method(project, method)
+    for curve in page.curve_names(method):
+        path = out / f"live/plots/metrics/train/{curve}.tsv"
+        kept = path.read_bytes()
+        path.unlink()
+        if curve in page.MAY_LACK.get(method, ()):
+            make(project, "concise", method=method)
+        else:
+            with pytest.raises(StageError, match=f"{curve}.tsv: missing"):
+                make(project, "concise", method=method)
+        path.write_bytes(kept)
+    assert "loss" not in page.MAY_LACK.get(method, ())
+
+
+def test_a_picture_without_a_curve_is_left_out(project: Path) -> None:
+    out = as_method(project, "kto")
+    for curve in page.MAY_LACK["kto"]:
+        (out / f"live/plots/metrics/train/{curve}.tsv").unlink()
+    shown = Page(make(project, "concise", method="kto")).sections["concise"]
+    assert "Loss 0.25 → 2" in shown and not any(title in shown for title in ("Reward margin", "Rewards 0", "KL 0"))

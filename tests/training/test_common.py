@@ -1,10 +1,12 @@
-"""Checkpoints count only when they are whole."""
+"""Checkpoints count only when they are whole; every method can train on a base in 4 bits, and be stopped."""
 
 from pathlib import Path
 
 import pytest
+from trained import train, write_prepared
 
 from prefbuild.artifact import write_manifest
+from prefbuild.methods import METHODS, SHAPES
 from prefbuild.training.common import NEEDED, newest_checkpoint
 
 
@@ -53,3 +55,12 @@ def test_a_manifest_without_a_needed_file_does_not_count(tmp_path: Path, name: s
 def test_an_empty_checkpoint_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-99").mkdir()
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dpo", "grpo", "rloo"}))  # dpo's are in test_dpo.py
+def test_every_method_trains_on_four_bits_and_ends_by_a_rule(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path / "prepared", tiny_model, SHAPES[method])
+    rule = {"metric": "grad_norm", "above": 0.0, "for": 2}
+    metrics = train(tmp_path, method, tiny_model, prepared, quantization="nf4", stop_if=[rule])
+    assert metrics["stopped"] == {"step": 2, "rule": "grad_norm above 0 for 2 points"} and metrics["steps"] == 2
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists() and not (tmp_path / "work/checkpoint-2").exists()

@@ -1,0 +1,85 @@
+"""REINFORCE leave-one-out with TRL's RLOOTrainer and a LoRA adapter.
+
+Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
+With beta above 0 the reference is the base itself: the adapter is switched off, so no second model is loaded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from prefbuild.methods import RLOO
+from prefbuild.training.common import (
+    Checkpoints,
+    Curves,
+    ProgressBar,
+    load_policy,
+    lora_config,
+    newest_checkpoint,
+    run_trainer,
+    save_adapter,
+    set_up,
+    trainer_arguments,
+)
+from prefbuild.training.prompts import Prompts, as_prepared, prompt_arguments, save_between_generations
+
+
+def train(
+    settings: RLOO,
+    *,
+    seed: int,
+    base: dict[str, str],
+    model: Path,
+    prepared: Path,
+    adapter: Path,
+    live: Path,
+    work: Path,
+    name: str,
+) -> dict[str, Any]:
+    """Train an adapter on prepared prompts and save it; returns the metrics of train.json.
+
+    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    goes on from the newest whole one found there. Raises StageError when the loss is no number, there are too few
+    prompts, or a reward fails.
+    """
+    import trl.trainer.utils
+    from transformers import AutoTokenizer
+    from trl import RLOOConfig, RLOOTrainer
+
+    # ---- settings
+    bf16 = set_up(settings, seed)
+    # Score the positions that count and no others, on a CPU too; as in dpo.py.
+    trl.trainer.utils._use_triton = lambda device: True
+    arguments = trainer_arguments(
+        RLOOConfig,
+        save_between_generations(settings),
+        work=work,
+        seed=seed,
+        bf16=bf16,
+        **prompt_arguments(settings),
+        normalize_advantages=settings.normalize_advantages,
+        reward_clip_range=settings.reward_clip_range,
+    )
+
+    # ---- data and rewards
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    prompts = Prompts(settings, prepared, tokenizer)
+
+    # ---- train
+    checkpoint = newest_checkpoint(work)
+    trainer = as_prepared(RLOOTrainer)(
+        model=load_policy(settings, model, bf16),
+        args=arguments,
+        reward_funcs=prompts.reward_funcs(),
+        train_dataset=prompts.dataset(),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings),
+        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+    )
+    trainer.prompts = prompts
+    before = prompts.measure(trainer)
+    result, history = run_trainer(trainer, settings, checkpoint)
+
+    # ---- measure and save
+    metrics = prompts.metrics(trainer, result, history, bf16, before)
+    save_adapter(trainer.model, adapter, base)
+    return metrics

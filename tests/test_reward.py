@@ -1,0 +1,134 @@
+"""`prefbuild reward`, and a build with GRPO whose reward is a file of the project."""
+
+import json
+from pathlib import Path
+
+import pytest
+from project import make_project, run
+
+RECIPE = """\
+base: {source: file, path: models/tiny}
+data:
+  sources:
+    - source: file
+      path: recipes/rows/train.jsonl
+  columns: {prompt: question}
+  ignore: [chosen, kind]
+  max_prompt_length: 64
+  held_out: 0.1
+train:
+  method: grpo
+  rewards:
+    - reward: numeric
+      column: rejected
+    - reward: file
+      path: recipes/own.py
+      function: short
+      weight: 0.5
+  num_generations: 2
+  max_completion_length: 4
+  per_device_train_batch_size: 4
+  max_steps: 2
+  lora: {r: 4}
+evaluate:
+  tasks:
+    - task: recipes/rows/sums.yaml
+gates:
+  - metric: train.held_out.rewards.short
+    min: -1000.0
+"""
+OWN = "def short(prompts, completions):\n    return [-len(text) for text in completions]\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A recipe with rewards, which nothing locked."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "params.yaml").write_text("seed: 1\n")
+    (tmp_path / "recipes/sums.yaml").write_text(RECIPE)
+    (tmp_path / "recipes/own.py").write_text(OWN)
+    return tmp_path
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.name
+
+
+def test_a_table_of_every_reward_and_the_total(project: Path) -> None:
+    given = write(
+        project / "given.jsonl",
+        {"prompt": "1 plus 2?", "completion": "It is 3.", "rejected": "1 plus 2 is 3."},
+        {"prompt": "1 plus 2?", "completion": "4" * 60, "rejected": "3"},
+        {"prompt": "never", "completion": "shown", "rejected": "1"},
+    )
+    output = run(project, "prefbuild", "reward", "sums", "--try", given, "-n", "2")
+    path = project / given
+    wide = len(f"{path}:1")
+    assert output == (
+        f"{'':{wide}}  numeric  short  total  completion\n"
+        f"{'weight':{wide}}        1    0.5\n"
+        f'{path}:1        1     -8     -3  "It is 3."\n'
+        f'{path}:2        0    -60    -30  "{"4" * 45}.."\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "code"),
+    [
+        ("{", "given.jsonl:1: is not JSON: ", 2),
+        ("[]", "given.jsonl:1: is no object; give {prompt, completion, ...columns}", 2),
+        ('{"prompt": "x"}', "given.jsonl:1: completion is NoneType, not text; there are prompt", 2),
+        ("", "given.jsonl: holds no completion; give JSON Lines of {prompt, completion, ...columns}", 2),
+        ('{"completion": "3"}', "reward numeric: row 1 has no rejected; it is null, or not in the data", 7),
+    ],
+)
+def test_rows_that_can_not_be_scored_are_told(project: Path, line: str, message: str, code: int) -> None:
+    (project / "given.jsonl").write_text(line)
+    assert message in run(project, "prefbuild", "reward", "sums", "--try", "given.jsonl", code=code)
+
+
+def test_a_file_or_recipe_that_is_not_there_is_told(project: Path) -> None:
+    output = run(project, "prefbuild", "reward", "sums", "--try", "no.jsonl", code=2)
+    assert "no.jsonl: No such file or directory; give a file of JSON Lines, or - for stdin" in output
+    assert "did you mean sums?" in run(project, "prefbuild", "reward", "sum", "--try", code=2)
+    recipe = RECIPE[: RECIPE.index("train:")] + "train: {method: dpo}\n" + RECIPE[RECIPE.index("evaluate:") :]
+    recipe = recipe.replace("question}", "question, chosen: chosen, rejected: rejected}").replace(
+        "held_out.rewards.short", "loss"
+    )
+    (project / "recipes/sums.yaml").write_text(recipe.replace("[chosen, kind]", "[kind]"))
+    output = run(project, "prefbuild", "reward", "sums", "--try", code=2)
+    assert "sums: method dpo has no rewards; grpo and rloo have" in output
+
+
+def test_a_build_with_a_reward_of_ones_own(tmp_path: Path, tiny_model: Path) -> None:
+    root = make_project(tmp_path / "project", tiny_model, recipes=())
+    (root / "recipes/sums.yaml").write_text(RECIPE)
+    (root / "recipes/own.py").write_text(OWN)
+    assert "pinned reward recipes/own.py" in run(root, "prefbuild", "lock")
+    run(root, "prefbuild", "sync")
+    run(root, "dvc", "repro", "-q", "pipelines/sums/dvc.yaml:train")
+    metrics = json.loads((root / "build/sums/train.json").read_text())
+    assert metrics["rewards"]["short"] < 0 and metrics["held_out"]["rewards"]["numeric"] == 0
+    section = json.loads((root / "build/.resolved/sums.json").read_text())["train"]
+    assert section["inputs"]["rewards"] == ["recipes/own.py"]
+    assert [pin["path"] for pin in section["settings"]["rewards"]] == ["recipes/own.py"]
+
+    output = run(root, "prefbuild", "reward", "sums", "--try", "--column", "chosen", "-n", "1")
+    assert output.splitlines()[-1].split() == ["train.jsonl:1", "1", "-1", "0.5", '"3"']
+
+    tokens = RECIPE.replace(
+        "reward: numeric\n      column: rejected", "reward: length\n      target: 5\n      unit: tokens"
+    )
+    (root / "recipes/tokens.yaml").write_text(tokens.replace("[chosen, kind]", "[chosen, kind, rejected]"))
+    line = json.dumps({"prompt": "Name it.", "completion": "Paris France"})
+    output = run(root, "bash", "-c", f"echo '{line}' | prefbuild reward tokens --try")
+    assert output.splitlines()[-1].split()[:3] == ["stdin:1", "-3", "-12"]
+    (root / "recipes/tokens.yaml").unlink()
+
+    (root / "recipes/own.py").write_text(OWN.replace("-len", "len"))
+    changed = "recipes/own.py changed since it was locked; run `prefbuild lock`"
+    assert changed in run(root, "dvc", "repro", "pipelines/sums/dvc.yaml:train", code=None)
+    assert "changed recipes/own.py: sha256" in run(root, "prefbuild", "lock")
+    assert "Running stage 'pipelines/sums/dvc.yaml:train'" in run(root, "dvc", "repro", "pipelines/sums/dvc.yaml:train")
+    assert json.loads((root / "build/sums/train.json").read_text())["rewards"]["short"] > 0
