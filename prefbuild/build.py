@@ -87,11 +87,13 @@ def print_verdicts(names: list[str]) -> list[str]:
 
 
 def metrics_table(name: str) -> str:
-    """What a recipe's model and its base scored, task by task."""
+    """What a recipe's model and its base scored, task by task; of a reward model, how it did on rows and held-out rows."""
     section = read_json(Path(resolved_path("gate", name)))["gate"]
+    if "evaluate" not in section["inputs"]:
+        return _aligned(_reward_rows(read_json(Path(section["inputs"]["train"]))))
     ours = read_json(Path(section["inputs"]["evaluate"]))
     base = read_json(Path(section["inputs"]["baseline"], "metrics.json"))
-    rows = [("task", "metric", "n", "base", "this model", "difference")]
+    rows: list[tuple[str, ...]] = [("task", "metric", "n", "base", "this model", "difference")]
     for task, metrics in ours.items():
         for metric, value in metrics.items():
             if metric == "n" or "_stderr" in metric:
@@ -108,6 +110,20 @@ def metrics_table(name: str) -> str:
                     f"{value - reference:+.4f}" if known else "-",
                 )
             )
+    return _aligned(rows)
+
+
+def _reward_rows(train: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The numbers of a reward model's train.json that are measured on several rows."""
+    rows: list[tuple[str, ...]] = [("metric", "first step", "last step", "held out")]
+    for metric in ("loss", "accuracy", "margin"):
+        held_out = train["held_out"].get(metric)
+        last = "-" if held_out is None else f"{held_out:.4f}"
+        rows.append((metric, f"{train['step_0'][metric]:.4f}", f"{train[metric]:.4f}", last))
+    return rows
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

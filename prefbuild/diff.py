@@ -256,7 +256,8 @@ def _compare(left: _Side, right: _Side) -> dict[str, Any]:
         result["settings"] += _rows(our_pins[path], their_pins[path])
     result["data"] = _numbers(left, right, "prepare", "")
     result["metrics"] = _numbers(left, right, "train", "train.") + _numbers(left, right, "merge", "merge.")
-    result["metrics"] += _measured(left, right, _keys(ours), _keys(theirs))
+    if "evaluate" in ours and "evaluate" in theirs:  # a reward model is measured on no task
+        result["metrics"] += _measured(left, right, _keys(ours), _keys(theirs))
     result["gates"] = _gates(left.metrics("gate"), right.metrics("gate"))
     stale = [*_stale(left, ours), *_stale(right, theirs)]
     result["notes"] = [*left.tree.notes(), *right.tree.notes(), *stale]

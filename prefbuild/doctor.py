@@ -509,7 +509,8 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
                   twice that; with checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager
                   attention is not counted, nor what generation keeps while it samples (GRPO, RLOO).
                   The numbers are SmolLM2-135M's, measured with DPO; PEFT keeps inputs in float32 beside bf16.
-    logits        tokens x vocabulary x (bytes + 8): the logits, and log-probabilities and gradient in float32
+    logits        tokens x vocabulary x (bytes + 8): the logits, and log-probabilities and gradient in float32. A reward
+                  model has none, and those that score completions are not counted.
     libraries     1 GB
     """
     sequences = 2 if SHAPES[train.method] == "pairs" else 1
@@ -523,7 +524,7 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
         weight_bytes(train, shape, bytes_per_number)
         + 16 * num_adapter_parameters(train, shape)
         + activations
-        + tokens * shape.vocabulary * (bytes_per_number + 8)
+        + (0 if train.method == "reward" else tokens * shape.vocabulary * (bytes_per_number + 8))
         + LIBRARIES
     )
 

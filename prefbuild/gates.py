@@ -7,6 +7,9 @@ from the manifests: adapter from prepared and base, merged from adapter and base
 base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in evaluate/<key>.jsonl.
 Where that breaks, an `artifact` rule says so and no rule holds.
 
+A recipe without evaluate (a reward model's) has no `evaluate`, `samples` and `baseline` among its inputs; a rule on
+them fails.
+
 Covered: bytes of the folders read here (prepared, samples, baseline, others), manifests of the rest. Not covered: the
 bytes of the weights, which promote hashes, and a forger who rewrites samples and every digest above them.
 """
@@ -88,6 +91,16 @@ def judge(settings: dict[str, Any], inputs: dict[str, Any], name: str, root: Pat
     }
 
 
+def metric_stages(inputs: dict[str, Any]) -> list[str]:
+    """The stages whose metrics a recipe's gates judge: those of METRICS that it has."""
+    return [stage for stage in METRICS if stage in inputs]
+
+
+def folder_roles(inputs: dict[str, Any]) -> list[str]:
+    """The roles of FOLDERS that a recipe has."""
+    return [role for role in FOLDERS if role in inputs]
+
+
 def titles(measurements: list[dict[str, Any]]) -> dict[str, str]:
     """What evaluate.json calls each measurement, by key: its task's name, or name-key where two are of one task."""
     names = [measurement["name"] for measurement in measurements]
@@ -119,7 +132,7 @@ def _mark(passed: bool, colour: bool) -> str:
 def _read(build: _Build) -> dict[str, str | None]:
     """Read metrics and manifests; returns the digest of every file and folder judged, null for what is not there."""
     judged: dict[str, str | None] = {}
-    for stage in METRICS:
+    for stage in metric_stages(build.inputs):
         judged[build.inputs[stage]] = None
         try:
             metrics = read_json(build.path(stage))
@@ -129,7 +142,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             build.metrics[stage] = metrics
         except StageError as error:
             build.problems.append(build.say(error))
-    for role in FOLDERS:
+    for role in folder_roles(build.inputs):
         # The folders whose files are read below are hashed; the weights' own bytes are promote's to hash.
         read = verify_artifact if role in ("prepared", "samples") else read_manifest
         judged[build.inputs[role]] = None
@@ -139,7 +152,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             # A broken baseline fails the rules that compare with it, no others.
             if role != "baseline":
                 build.problems.append(build.say(error))
-    for path in [build.inputs[role] for role in FOLDERS] + list(build.inputs.get("others", [])):
+    for path in [build.inputs[role] for role in folder_roles(build.inputs)] + list(build.inputs.get("others", [])):
         try:
             judged[path] = input_digest(build.root / path) if (build.root / path).exists() else None
             judged[f"{path}/{MANIFEST}"] = "sha256:" + sha256_file(build.root / path / MANIFEST)
@@ -391,6 +404,8 @@ def _find(build: _Build, metric: str) -> tuple[list[str], float]:
     stage, _, rest = metric.partition(".")
     if stage not in METRICS:
         raise _Unfit(f"is no metric: {_known(stage, list(METRICS))}")
+    if stage not in build.inputs:
+        raise _Unfit("is not there: the recipe measures nothing, as it makes a reward model")
     if stage not in build.metrics:
         raise _Unfit(f"is not there: {build.inputs[stage]} can't be read")
     keys = _walk(build.metrics[stage], rest.split("."))

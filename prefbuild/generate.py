@@ -5,6 +5,7 @@ from typing import Any
 
 from prefbuild.errors import DataError, UsageError
 from prefbuild.measure import machine
+from prefbuild.rewards.model import is_reward_model
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
 
 
@@ -25,6 +26,11 @@ def generate(
     """
     if not (model_dir / "config.json").exists():
         raise UsageError(f"{model_dir}: holds no model; build it with `dvc repro`")
+    if is_reward_model(model_dir):
+        raise UsageError(
+            f"{model_dir}: is a reward model, which writes nothing; `prefbuild reward {model_dir.parent.name} --try` scores "
+            "completions with it"
+        )
 
     import torch
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed

@@ -96,7 +96,7 @@ def lock(root: Path, recipes: dict[str, Recipe], names: list[str] | None = None,
             if node not in entries:
                 before = old["sources"].get(node)
                 entries[node] = _pin_source(root, source, before, lines, update, _others(node, recipes, chosen))
-        for task in recipe.evaluate.tasks:
+        for task in recipe.tasks:
             key = task_key(task)
             if key not in tasks:
                 tasks[key] = _pin_task(root, name, task, old["tasks"].get(key), lines)
@@ -176,7 +176,7 @@ def check_local(root: Path, lock: Lock, recipe: Recipe, *, name: str = "") -> li
             problems.append(str(error))
             continue
         problems += _differing(found, {file.shown(source, e["path"]): e for e in entry["files"]}, name)
-    for task in recipe.evaluate.tasks:
+    for task in recipe.tasks:
         try:
             entry = locked_task(lock, task, name=name)
             task_name, files = _task_files(root, name, task)

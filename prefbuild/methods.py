@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, model_validator
 
-from prefbuild.rewards.schema import Reward, columns_of, files_of
-from prefbuild.strict import Strict, Wrong
+from prefbuild.rewards.schema import Reward, columns_of, files_of, models_of
+from prefbuild.strict import Strict, Wrong, Wrongs
 
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -361,7 +361,26 @@ class RLOO(PromptOptions):
         return self
 
 
-Train = Annotated[Union[DPO, SFT, KTO, ORPO, SimPO, GRPO, RLOO], Field(discriminator="method")]
+class RewardModel(TrainOptions):
+    """A reward model: one number for a prompt and its answer, with TRL's RewardTrainer (Bradley-Terry's loss).
+
+    It gets a head of its own, `score`, which is trained whole and kept in the adapter.
+    """
+
+    method: Literal["reward"] = Field(description="How it is trained; `reward` makes a reward model.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    center_rewards_coefficient: float | None = Field(
+        default=None, gt=0, description="Pulls rewards towards a mean of 0 (arXiv 2312.09244); 0.01 is usual."
+    )
+
+    @model_validator(mode="after")
+    def _head_is_whole(self) -> "RewardModel":
+        if "score" in self.lora.target_modules:
+            raise Wrongs([(("lora", "target_modules"), "names score, the head, which is trained whole; leave it out")])
+        return self
+
+
+Train = Annotated[Union[DPO, SFT, KTO, ORPO, SimPO, GRPO, RLOO, RewardModel], Field(discriminator="method")]
 METHODS: dict[str, Any] = {
     "dpo": DPO,
     "sft": SFT,
@@ -370,6 +389,7 @@ METHODS: dict[str, Any] = {
     "simpo": SimPO,
     "grpo": GRPO,
     "rloo": RLOO,
+    "reward": RewardModel,
 }
 # What a row must have for a method.
 SHAPES = {
@@ -380,6 +400,7 @@ SHAPES = {
     "simpo": "pairs",
     "grpo": "prompts",
     "rloo": "prompts",
+    "reward": "pairs",
 }
 PARTS = {
     "pairs": ("prompt", "chosen", "rejected"),
@@ -420,6 +441,10 @@ TRAIN_METRICS: dict[str, tuple[str, ...]] = {
     "simpo": (*_PAIRS, "step_0.loss", "chosen_logps_change"),
     "grpo": _PROMPTS,
     "rloo": _PROMPTS,
+    "reward": (
+        *(*_SHARED, "accuracy", "margin", "mean_reward", "min_reward", "max_reward"),
+        *(f"{when}.{key}" for when in ("step_0", "held_out") for key in ("loss", "accuracy", "margin")),
+    ),
 }
 
 
@@ -438,3 +463,8 @@ def reward_columns(train: Any) -> list[str]:
 def reward_files(train: Any) -> list[str]:
     """The Python files that a method's rewards are in: pinned by the lock."""
     return files_of(train.rewards) if isinstance(train, PromptOptions) else []
+
+
+def reward_models(train: Any) -> list[str]:
+    """The recipes whose merged reward models score completions."""
+    return models_of(train.rewards) if isinstance(train, PromptOptions) else []

@@ -135,7 +135,7 @@ def check_synced(project: Project) -> None:
 
 
 def _tasks_elsewhere(project: Project) -> list[str]:
-    tasks = {task.task for recipe in project.recipes.values() for task in recipe.evaluate.tasks}
+    tasks = {task.task for recipe in project.recipes.values() for task in recipe.tasks}
     return sorted(task for task in tasks if task.endswith((".yaml", ".yml")) and not task.startswith("recipes/"))
 
 

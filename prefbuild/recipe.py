@@ -21,6 +21,7 @@ from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
 from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.rewards.schema import ModelReward
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -343,6 +344,18 @@ class Merge(Strict):
         gt=0,
         description="Largest mean KL divergence, in nats a token, of the merged model from base and adapter.",
     )
+    max_reward_difference: float = Field(
+        default=0.1,
+        gt=0,
+        description="Method reward, instead of max_kl: how far a reward of the merged model may be from that of base and "
+        "adapter, on any of the fixed answers.",
+    )
+
+
+def merge_settings(merge: Merge, train: Train) -> dict[str, Any]:
+    """What stage merge is told of `merge:`: the limit that the method has."""
+    key = "max_reward_difference" if train.method == "reward" else "max_kl"
+    return {key: getattr(merge, key)}
 
 
 class Task(Strict):
@@ -438,7 +451,11 @@ def metrics(shape: str, train: Train, *, sampled: bool = False) -> dict[str, tup
             *(("boundary_differs",) if answers else ()),
         ),
         "train": train_metrics(train),
-        "merge": ("kl", "max_logit_difference", "greedy_agreement", "bytes"),
+        "merge": (
+            ("max_reward_difference", "mean_reward_difference", "bytes")
+            if train.method == "reward"
+            else ("kl", "max_logit_difference", "greedy_agreement", "bytes")
+        ),
     }
 
 
@@ -522,16 +539,34 @@ class Recipe(Strict):
     data: Data = Field(description="The preferences.")
     train: Train = Field(description="The method and its settings.")
     merge: Merge = Field(default_factory=Merge, description="How adapter and base become one.")
-    evaluate: Evaluate = Field(description="What is measured, on the model and on its base.")
+    # Optional for method reward alone, where it can't be given.
+    evaluate: Evaluate | None = Field(description="What is measured, on the model and on its base.")
     gates: list[Gate] = Field(min_length=1, description="What the metrics must show before the model may be promoted.")
     promote: Promote | None = Field(default=None, description="Where it is published. Left out: it can't be.")
     compute: Compute = Field(default_factory=Compute, description="What its stages get: GPUs, an image, limits.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_evaluate(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("train"), dict) and raw["train"].get("method") == "reward":
+            return {"evaluate": None, **raw}
+        return raw
+
     @model_validator(mode="after")
     def _suits_its_method(self) -> "Recipe":
-        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train, self.data)]:
+        problems = [
+            *_data_problems(self.data, self.train),
+            *_stage_problems(self),
+            *_metric_problems(self.gates, self.train, self.data),
+        ]
+        if problems:
             raise Wrongs(problems)
         return self
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What lm-evaluation-harness measures: nothing of a reward model."""
+        return [] if self.evaluate is None else self.evaluate.tasks
 
     @property
     def shape(self) -> str:
@@ -575,11 +610,32 @@ def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
             )
 
 
+_NOT_MEASURED = (
+    "lm-evaluation-harness measures models that write, and a reward model scores; {}gate on train.held_out.accuracy and "
+    "train.held_out.margin, which data.held_out gives"
+)
+
+
+def _stage_problems(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
+    """What the recipe says of merge and evaluate that its method does not have, or lacks."""
+    rewards = recipe.train.method == "reward"
+    if rewards and recipe.evaluate is not None:
+        yield ("evaluate",), _NOT_MEASURED.format("remove it, and ")
+    if not rewards and recipe.evaluate is None:
+        yield ("evaluate",), "is empty; required: What is measured, on the model and on its base"
+    if rewards and "max_kl" in recipe.merge.model_fields_set:
+        yield ("merge", "max_kl"), "is of models that write; write max_reward_difference"
+    if not rewards and "max_reward_difference" in recipe.merge.model_fields_set:
+        yield ("merge", "max_reward_difference"), "is of reward models; write max_kl"
+
+
 def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
     """Gates on numbers that no prepare, train or merge stage of the method writes."""
     known = metrics(SHAPES[train.method], train, sampled=data.sampled)
     for i, gate in enumerate(gates):
         stage, _, key = gate.metric.partition(".")
+        if stage == "evaluate" and train.method == "reward":
+            yield ("gates", i, "metric"), _NOT_MEASURED.format("")
         if stage in known and key not in known[stage]:
             elsewhere = stage == "train" and any(key in keys for keys in TRAIN_METRICS.values())
             yield (
@@ -618,6 +674,12 @@ class Defaults(Strict):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors."""
     schema = Recipe.model_json_schema()
+    # Whether evaluate must be there, or can't be, is the method's to say.
+    schema["required"].remove("evaluate")
+    schema["properties"]["evaluate"] |= {"$ref": schema["properties"]["evaluate"].pop("anyOf")[0]["$ref"]}
+    method = {"required": ["method"], "properties": {"method": {"const": "reward"}}}
+    schema["if"] = {"required": ["train"], "properties": {"train": method}}
+    schema |= {"then": {"properties": {"evaluate": False}}, "else": {"required": ["evaluate"]}}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "prefbuild recipe"
     return schema
@@ -679,8 +741,12 @@ def load_recipes(root: Path) -> dict[str, Recipe]:
                 loaded[path.stem] = document, recipe
     names = [path.stem for path in paths if NAME.fullmatch(path.stem)]
     tasks = {name: _task_names(root, recipe) for name, (_, recipe) in loaded.items()}
+    methods: dict[str, str] = {name: recipe.train.method for name, (_, recipe) in loaded.items()}
     for name, (document, recipe) in loaded.items():
-        wrong = [*_base_problems(name, loaded, names), *_gate_problems(name, recipe, names, tasks)]
+        wrong = [
+            *_needs_problems(name, loaded, names),
+            *_gate_problems(name, recipe, names, tasks, methods),
+        ]
         found[document.path.name] += _sorted(_problem(document, loc, what) for loc, what in wrong)
     problems += [problem for path in paths for problem in found[path.name]]
     if problems:
@@ -730,26 +796,55 @@ def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
 # ---- checks between recipes
 
 
-def _base_problems(
+def _needs(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
+    """The recipes whose models this one is built from, and where it says so."""
+    if isinstance(recipe.base, RecipeModel):
+        yield ("base", "recipe"), recipe.base.recipe
+    for i, reward in enumerate(getattr(recipe.train, "rewards", [])):
+        if isinstance(reward, ModelReward):
+            yield ("train", "rewards", i, "recipe"), reward.recipe
+
+
+def _needs_problems(
     name: str, loaded: dict[str, tuple[Document, Recipe]], names: list[str]
 ) -> Iterator[tuple[Loc, str]]:
-    def base_of(recipe: str) -> str | None:
-        base = loaded[recipe][1].base if recipe in loaded else None
-        return base.recipe if isinstance(base, RecipeModel) else None
+    for loc, other in _needs(loaded[name][1]):
+        if other not in names:
+            yield loc, f"there is no recipe {show(other)}; {_did_you_mean(other, names)}"
+            continue
+        if other in loaded:
+            method = loaded[other][1].train.method
+            if loc[0] == "base" and method == "reward":
+                yield (
+                    loc,
+                    f"recipe {other} makes a reward model, which scores answers and writes none; take another base",
+                )
+                continue
+            if loc[0] == "train" and method != "reward":
+                yield loc, f"recipe {other} makes a model that writes (method {method}); name one with method: reward"
+                continue
+        circle = _path(other, name, loaded)
+        if circle is not None and name == min(circle):  # said once, at the first of the recipes in the circle
+            shown = " -> ".join([name, *circle])
+            yield loc, f"recipes start from each other ({shown}); let one start from a file or a wheel"
 
-    base = base_of(name)
-    if base is not None and base not in names:
-        yield ("base", "recipe"), f"there is no recipe {show(base)}; {_did_you_mean(base, names)}"
-    chain = [name]
-    while (base := base_of(chain[-1])) is not None and base not in chain:
-        chain.append(base)
-    if base == name == min(chain):  # said once, at the first of the recipes in the circle
-        circle = " -> ".join([*chain, name])
-        yield ("base", "recipe"), f"recipes start from each other ({circle}); let one start from a file or a wheel"
+
+def _path(start: str, end: str, loaded: dict[str, tuple[Document, Recipe]]) -> list[str] | None:
+    """The recipes from one to another that it needs, both named; None when it does not."""
+    paths = [[start]]
+    seen = {start}
+    for path in paths:
+        if path[-1] == end:
+            return path
+        for _, other in _needs(loaded[path[-1]][1]) if path[-1] in loaded else ():
+            if other not in seen:
+                seen.add(other)
+                paths.append([*path, other])
+    return None
 
 
 def _gate_problems(
-    name: str, recipe: Recipe, names: list[str], tasks: dict[str, list[str | None]]
+    name: str, recipe: Recipe, names: list[str], tasks: dict[str, list[str | None]], methods: dict[str, str]
 ) -> Iterator[tuple[Loc, str]]:
     for i, task in enumerate(tasks[name]):
         if task is not None and task in tasks[name][:i]:
@@ -762,6 +857,11 @@ def _gate_problems(
         elif gate.against != "base" and gate.against not in names:
             likely = _did_you_mean(gate.against, ["base", *names])
             yield ("gates", i, "against"), f"there is no recipe {show(gate.against)}; {likely}"
+        elif methods.get(gate.against) == "reward":
+            what = (
+                f"recipe {gate.against} makes a reward model, which writes no answers to measure; take another recipe"
+            )
+            yield ("gates", i, "against"), what
         elif gate.against in tasks and not any(_task_problem(gate.metric, tasks[name])):
             for what in _task_problem(gate.metric, tasks[gate.against]):
                 yield ("gates", i, "against"), f"recipe {gate.against} does not measure it: {what}"
@@ -784,7 +884,7 @@ def _task_names(root: Path, recipe: Recipe) -> list[str | None]:
     """What the harness calls each task: a stock task's name, a local YAML's `task:`, None where that is not plain."""
     return [
         _local_task_name(root / task.task) if task.task.endswith((".yaml", ".yml")) else task.task
-        for task in recipe.evaluate.tasks
+        for task in recipe.tasks
     ]
 
 
@@ -970,7 +1070,7 @@ SECRET_KEY = re.compile(
 # Values that other tools use, by key
 _METHOD = "that method does not exist here yet"
 OTHER_VALUES = {
-    **{("method", name): _METHOD for name in ("ppo", "reward", "online_dpo", "gkd")},
+    **{("method", name): _METHOD for name in ("ppo", "online_dpo", "gkd")},
     ("method", "cpo"): "SimPO is TRL's CPO with its own loss, write method: simpo",
     ("method", "ipo"): "write method: dpo with loss_type: [ipo]",
     **{("loss_type", name): f"it is a method of its own, write method: {name}" for name in ("simpo", "orpo", "kto")},

@@ -16,18 +16,21 @@ from typing import Any
 from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, write_atomic
 from prefbuild.errors import LockError, UsageError
-from prefbuild.methods import reward_columns, reward_files
+from prefbuild.methods import reward_columns, reward_files, reward_models
 from prefbuild.recipe import (
     Compute,
     Defaults,
+    Evaluate,
     Recipe,
     Task,
     data_settings,
     load_defaults,
     load_recipes,
+    merge_settings,
     seconds,
     size_bytes,
 )
+from prefbuild.rewards.model import folder_of
 from prefbuild.sources import node_id, title
 
 STAGE_VERSIONS = {
@@ -106,11 +109,15 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
 
     resolved: Resolved = {}
     computes: dict[str, list[Compute]] = {}  # by resolved file, of every recipe that has a part in it
-    measured: dict[str, list[tuple[Recipe, list[dict[str, Any]]]]] = {}  # by baseline
+    measured: dict[str, list[tuple[Recipe, Evaluate, list[dict[str, Any]]]]] = {}  # by baseline
     for name, recipe in project.recipes.items():
         base_id = _base_id(recipe)
-        measurements = [_measurement(recipe, task, pin(locks.locked_task, task)) for task in recipe.evaluate.tasks]
-        measured.setdefault(base_id, []).append((recipe, measurements))
+        measurements = []
+        if recipe.evaluate is not None:
+            measurements = [
+                _measurement(recipe.evaluate, task, pin(locks.locked_task, task)) for task in recipe.evaluate.tasks
+            ]
+            measured.setdefault(base_id, []).append((recipe, recipe.evaluate, measurements))
         if recipe.base.source != "recipe":
             path = resolved_path("model", base_id)
             resolved[path] = {"model": _fetch_section("model", base_id, recipe.base.model_dump(mode="json"), pin)}
@@ -126,18 +133,18 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
         computes[path] = [recipe.compute]
 
     for base_id, users in measured.items():
-        unique = {m["key"]: m for _, measurements in users for m in measurements}
+        unique = {m["key"]: m for *_, measurements in users for m in measurements}
         resolved[resolved_path("baseline", base_id)] = {
             "baseline": _section(
                 "baseline",
                 inputs={"model": _base_path(users[0][0], base_id), "tasks": _task_files(list(unique.values()))},
                 outputs={"samples": f"build/baselines/{base_id}"},
                 measurements=[unique[key] for key in sorted(unique)],
-                batch_size=min(recipe.evaluate.batch_size for recipe, _ in users),
+                batch_size=min(evaluate.batch_size for _, evaluate, _ in users),
                 seed=EVALUATION_SEED,
             )
         }
-        computes[resolved_path("baseline", base_id)] = [recipe.compute for recipe, _ in users]
+        computes[resolved_path("baseline", base_id)] = [recipe.compute for recipe, *_ in users]
     resolved[resolved_path("report", "")] = {"report": _report_section(project)}
     computes[resolved_path("report", "")] = [recipe.compute for recipe in project.recipes.values()]
     for path, sections in resolved.items():
@@ -211,10 +218,9 @@ def _base_name(recipe: Recipe) -> str:
     return recipe.base.name or title(recipe.base.model_dump(mode="json"))
 
 
-def _measurement(recipe: Recipe, task: Task, locked: dict[str, Any] | None) -> dict[str, Any]:
+def _measurement(evaluate: Evaluate, task: Task, locked: dict[str, Any] | None) -> dict[str, Any]:
     """One task and everything that changes its numbers; equal keys mean comparable results."""
     locked = locked or {"name": task.task, "files": []}
-    evaluate = recipe.evaluate
     chat = evaluate.apply_chat_template if task.apply_chat_template is None else task.apply_chat_template
     measurement = {
         "task": task.task,
@@ -247,6 +253,8 @@ def _recipe_sections(
     data = [f"build/data/{node_id(source.model_dump(mode='json'))}" for source in recipe.data.sources]
     # Left out where there are none, so that other recipes' sections keep their bytes.
     reward_inputs = {"rewards": files} if (files := reward_files(recipe.train)) else {}
+    if judges := reward_models(recipe.train):
+        reward_inputs["reward_models"] = [folder_of(judge).as_posix() for judge in judges]
     rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
     judged: dict[str, Any] = {
         "prepare": f"{out}/prepare.json",
@@ -261,6 +269,9 @@ def _recipe_sections(
         "baseline": f"build/baselines/{base_id}",
         "others": [f"build/{rival}/evaluate" for rival in rivals],
     }
+    if recipe.evaluate is None:
+        for role in ("evaluate", "samples", "baseline"):
+            del judged[role]
     sections = {
         "prepare": _section(
             "prepare",
@@ -287,15 +298,7 @@ def _recipe_sections(
             "merge",
             inputs={"model": model, "adapter": judged["adapter"]},
             outputs={"merged": judged["merged"], "metrics": judged["merge"]},
-            merge=recipe.merge.model_dump(mode="json"),
-        ),
-        "evaluate": _section(
-            "evaluate",
-            inputs={"model": judged["merged"], "tasks": _task_files(measurements)},
-            outputs={"samples": judged["samples"], "metrics": judged["evaluate"]},
-            measurements=measurements,
-            batch_size=recipe.evaluate.batch_size,
-            seed=EVALUATION_SEED,
+            merge=merge_settings(recipe.merge, recipe.train),
         ),
         "gate": _section(
             "gate",
@@ -306,6 +309,15 @@ def _recipe_sections(
             others={rival: f"build/{rival}/evaluate" for rival in rivals},
         ),
     }
+    if recipe.evaluate is not None:
+        sections["evaluate"] = _section(
+            "evaluate",
+            inputs={"model": judged["merged"], "tasks": _task_files(measurements)},
+            outputs={"samples": judged["samples"], "metrics": judged["evaluate"]},
+            measurements=measurements,
+            batch_size=recipe.evaluate.batch_size,
+            seed=EVALUATION_SEED,
+        )
     if recipe.promote is not None:
         sections["promote"] = _section(
             "promote",
@@ -334,12 +346,17 @@ def _report_section(project: Project) -> Section:
         "lengths.csv",
         "live/plots/metrics",
     )
+    measured = {name: recipe for name, recipe in project.recipes.items() if recipe.evaluate is not None}
+    baselines = {name: f"build/baselines/{_base_id(recipe)}" for name, recipe in measured.items()}
     return _section(
         "report",
-        inputs={name: [f"build/{name}/{file}" for file in files] for name in names}
-        | {"baselines": sorted({f"build/baselines/{_base_id(recipe)}" for recipe in project.recipes.values()})},
+        inputs={
+            name: [f"build/{name}/{file}" for file in files if name in measured or not file.startswith("evaluate")]
+            for name in names
+        }
+        | {"baselines": sorted(set(baselines.values()))},
         outputs={"report": "build/report"},
         recipes=names,
         methods={name: recipe.train.method for name, recipe in project.recipes.items()},
-        baselines={name: f"build/baselines/{_base_id(recipe)}" for name, recipe in project.recipes.items()},
+        baselines=baselines,
     )

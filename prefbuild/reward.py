@@ -1,5 +1,7 @@
 """Score completions with a recipe's rewards, as training would: to try a reward before a GPU does.
 
+A recipe of method reward has one reward, the model that it made.
+
 Completions come from JSON Lines, {prompt, completion, and the columns that the rewards read}, or from a column of the
 recipe's own rows. A user's Python file is run here as it is now, whatever the lock says.
 """
@@ -13,7 +15,7 @@ from prefbuild.build import inputs_of
 from prefbuild.errors import StageError, UsageError
 from prefbuild.recipe import Recipe, known_recipes, load_recipes
 from prefbuild.rewards import Scorer
-from prefbuild.rewards.schema import Length
+from prefbuild.rewards.schema import Length, ModelReward
 
 WIDTH = 48  # characters shown of a completion
 Completion = dict[str, Any]  # where, prompt (messages), completion (text), columns
@@ -28,9 +30,13 @@ def try_rewards(root: Path, name: str, given: str, num_rows: int, column: str | 
     recipes = load_recipes(root)
     known_recipes([name], recipes)
     recipe = recipes[name]
-    if not hasattr(recipe.train, "rewards"):
-        raise UsageError(f"{name}: method {recipe.train.method} has no rewards; grpo and rloo have")
-    rewards: list[Any] = recipe.train.rewards
+    rewards: list[Any] = getattr(recipe.train, "rewards", [])
+    if recipe.train.method == "reward":
+        rewards = [ModelReward(reward="model", recipe=name)]
+    if not rewards:
+        raise UsageError(
+            f"{name}: method {recipe.train.method} has no rewards; grpo and rloo have, and reward makes one"
+        )
     rows = _own_rows(root, name, recipe, column) if column is not None else _given_rows(given)
     rows = rows[:num_rows]
     if not rows:

@@ -30,6 +30,14 @@ def load_tokenizer(model: Path) -> Any:
         raise DataError(f"{model}: its tokenizer can't be loaded: {error}") from None
 
 
+def padding_tokenizer(model: Path) -> Any:
+    """The same with a token to pad with: the end of the sequence's, where it has none of its own."""
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def generation_eos_ids(model: Path) -> list[int]:
     """Token ids that stop generation: of generation_config.json, else config.json; [] when neither says."""
     for name in ("generation_config.json", "config.json"):

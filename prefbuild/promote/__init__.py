@@ -113,7 +113,7 @@ def _check_paths(root: Path, name: str) -> None:
     """The recipe is published with the model, so it must not name folders of this machine, and with them its people."""
     recipe = load_recipes(root)[name]
     paths = [getattr(source, "path", "") for source in (recipe.base, *recipe.data.sources)]
-    paths += [path for task in recipe.evaluate.tasks for path in (task.task, *(task.data or {}).values())]
+    paths += [path for task in recipe.tasks for path in (task.task, *(task.data or {}).values())]
     private = [path for path in paths if path.startswith("/")]
     if private:
         raise PromotionRefused(

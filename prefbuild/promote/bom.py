@@ -15,7 +15,7 @@ from prefbuild.promote.provenance import public_path, public_title, uri_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 # CycloneDX knows five approaches; a method that is none of them is left out.
-APPROACH = {"dpo": "supervised"}
+APPROACH = {"dpo": "supervised", "reward": "supervised"}
 # What facts record of a stage that is no package on the index.
 PLATFORM, DEVICE, SETTINGS = "python", ("cpu", "device"), ("threads", "precision", "dtype", "image")
 CONFIDENCE = 0.95
@@ -83,10 +83,10 @@ def _card(facts: dict[str, Any], scores: dict[str, Any], datasets: list[str]) ->
     return {
         "modelParameters": {
             **({"approach": {"type": APPROACH[method]}} if method in APPROACH else {}),
-            "task": "text-generation",
+            "task": "text-classification" if method == "reward" else "text-generation",
             "datasets": [{"ref": ref} for ref in datasets],
             "inputs": [{"format": "text"}],
-            "outputs": [{"format": "text"}],
+            "outputs": [{"format": "number" if method == "reward" else "text"}],
         },
         **_analysis(scores),
     }

@@ -73,6 +73,7 @@ def render_card(
         own_text=_own_text(root, target["card"]),
         base=base,
         method=train["train"]["method"],
+        rewards=_is_reward(resolved),
         tuned_on=TUNED_ON[_data(resolved)["shape"]],
         adapter=target["adapter"],
         merged=target["merged"],
@@ -139,9 +140,11 @@ def _front_matter(
         base_model_relation=relation,
         datasets=list(dict.fromkeys(source["repo"] for source in data if source["source"] == "hub")) or None,
         library_name="transformers" if target["merged"] else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if _is_reward(resolved) else "text-generation",
         **_license(root, resolved, base),
-        tags=["prefbuild", "preference-tuning", resolved["train"]["settings"]["train"]["method"], "trl"],
+        # The Hub's own tag of such models is reward-trainer.
+        tags=["prefbuild", "preference-tuning", resolved["train"]["settings"]["train"]["method"], "trl"]
+        + (["reward-trainer"] if _is_reward(resolved) else []),
         model_name=gate["recipe"] if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -360,6 +363,11 @@ def _settings(resolved: dict[str, Any]) -> dict[str, Any]:
 def _columns(resolved: dict[str, Any]) -> list[tuple[str, str]]:
     columns = _data(resolved)["columns"]
     return [(role, columns[role]) for role in Columns.model_fields if columns.get(role) is not None]
+
+
+def _is_reward(resolved: dict[str, Any]) -> bool:
+    """Whether it scores answers, and writes none."""
+    return bool(resolved["train"]["settings"]["train"]["method"] == "reward")
 
 
 def _data(resolved: dict[str, Any]) -> dict[str, Any]:

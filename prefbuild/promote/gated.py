@@ -13,7 +13,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, read_json, sha256_file, verify_artifact
 from prefbuild.errors import PromotionRefused, StageError
-from prefbuild.gates import FOLDERS, METRICS, judge
+from prefbuild.gates import folder_roles, judge, metric_stages
 from prefbuild.pipeline import RECIPE_STAGES
 from prefbuild.recipe import known_recipes
 from prefbuild.resolve import load_project, resolve, resolved_path
@@ -53,11 +53,10 @@ def verified_gate(root: Path, name: str, resolved: dict[str, Any]) -> dict[str, 
     if gate.get("passed") is not True:
         failed = [rule["says"] for rule in gate.get("rules", []) if not rule["passed"]]
         raise PromotionRefused(f"{path}: {name} failed its gates:\n  " + "\n  ".join(failed))
-    for file in [inputs[stage] for stage in METRICS] + [
-        f"{folder}/{MANIFEST}" for folder in [inputs[role] for role in FOLDERS] + inputs["others"]
-    ]:
+    folders = [inputs[role] for role in folder_roles(inputs)] + inputs["others"]
+    for file in [inputs[stage] for stage in metric_stages(inputs)] + [f"{folder}/{MANIFEST}" for folder in folders]:
         _check_digest(root, file, gate.get("judged", {}).get(file), path)
-    for folder in [inputs[role] for role in FOLDERS] + inputs["others"]:
+    for folder in folders:
         try:
             verify_artifact(root / folder)
         except StageError as error:
@@ -93,10 +92,15 @@ def _check_recorded(root: Path, name: str, resolved: dict[str, Any]) -> None:
     lock = f"pipelines/{name}/dvc.lock"
     stages = _read_lock(root, lock)
     recorded = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
-    for path in [inputs["gate"], *(inputs[stage] for stage in METRICS), inputs["lengths"], inputs["plots"]]:
+    for path in [
+        inputs["gate"],
+        *(inputs[stage] for stage in metric_stages(inputs)),
+        inputs["lengths"],
+        inputs["plots"],
+    ]:
         _check_md5(root, path, recorded.get(path), lock)
     file = resolved_path("promote", name)
-    for stage in RECIPE_STAGES:
+    for stage in (stage for stage in RECIPE_STAGES if stage in resolved):
         params = (stages.get(stage) or {}).get("params") or {}
         section = (params.get(file) or {}).get(stage)
         if json.dumps(section, sort_keys=True) != json.dumps(resolved[stage], sort_keys=True):

@@ -118,14 +118,20 @@ def gather(
         "images": _images(root, resolved),
         "method": resolved["train"]["settings"]["train"]["method"],
         "seed": resolved["train"]["settings"]["seed"],
-        "settings": {stage: digest_of(resolved[stage]["settings"]) for stage in (*RECIPE_STAGES, "promote")},
+        "settings": {
+            stage: digest_of(resolved[stage]["settings"]) for stage in (*RECIPE_STAGES, "promote") if stage in resolved
+        },
         "gate": {
             **_file(root, inputs["gate"]),
             "passed": gate["passed"],
             "rules": [{"passed": rule["passed"], "says": rule["says"]} for rule in gate["rules"]],
         },
         "judged": gate["judged"],
-        "made_from": {role: _made_from(root / inputs[role]) for role in ("prepared", "adapter", "merged", "samples")},
+        "made_from": {
+            role: _made_from(root / inputs[role])
+            for role in ("prepared", "adapter", "merged", "samples")
+            if role in inputs
+        },
         "evaluated_with": versions,
         "trained_on": train.get("machine", {}),
         "promoted_with": {"prefbuild": prefbuild.__version__, "python": platform.python_version()},
@@ -386,7 +392,8 @@ def _shared(root: Path, resolved: dict[str, Any]) -> dict[str, Any]:
     """The resolved sections of the model, the data and the baseline, by the folder each makes."""
     inputs = resolved["prepare"]["inputs"]
     found = {}
-    for path in [inputs["model"], *inputs["data"], resolved["promote"]["inputs"]["baseline"]]:
+    baseline = resolved["promote"]["inputs"].get("baseline")  # a reward model has none
+    for path in [inputs["model"], *inputs["data"], *([baseline] if baseline else [])]:
         kind, node = Path(path).parts[-2:]
         file = root / RESOLVED / kind / f"{node}.json"
         if file.exists():  # not for a base that is another recipe's merged model

@@ -22,7 +22,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, digest_of, git_blob, list_special, sha256_file, write_atomic
 from prefbuild.errors import PromotionRefused
-from prefbuild.gates import METRICS, titles
+from prefbuild.gates import METRICS, metric_stages, titles
 from prefbuild.promote import signing
 from prefbuild.promote.bom import bom
 from prefbuild.promote.card import render_card, stated_license
@@ -210,7 +210,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def _metrics(root: Path, resolved: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
     inputs = resolved["promote"]["inputs"]
-    metrics = {stage: json.loads(judged_bytes(root, inputs[stage], gate)) for stage in METRICS}
+    metrics: dict[str, Any] = {stage: {} for stage in METRICS}
+    metrics |= {stage: json.loads(judged_bytes(root, inputs[stage], gate)) for stage in metric_stages(inputs)}
     metrics["baseline"] = {}
     for key, title in titles(resolved["gate"]["settings"]["measurements"]).items():
         base = root / inputs["baseline"] / f"{key}.json"

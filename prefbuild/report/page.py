@@ -41,6 +41,12 @@ CURVES: dict[str, dict[str, list[str]]] = {
     "kto": {"Loss": ["loss"], "Reward margin": ["rewards/margins"], "Rewards": _REWARDS["Rewards"], "KL": ["kl"]},
     "grpo": _COMPLETIONS,
     "rloo": _COMPLETIONS,
+    "reward": {
+        "Loss": ["loss"],
+        "Accuracy": ["accuracy"],
+        "Margin": ["margin"],
+        "Rewards": ["min_reward", "mean_reward", "max_reward"],
+    },
 }
 # Curves that a run may lack: KTO logs rewards of the answers that a step has, and KL is measured with some settings.
 MAY_LACK = {
@@ -69,7 +75,7 @@ class Built:
 
     name: str
     method: str
-    base: str  # the baseline's name
+    base: str | None  # the baseline's name; None of a reward model, which has none
     gate: dict[str, Any]
     prepare: dict[str, Any]
     train: dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Any
 
 from prefbuild.errors import StageError
 from prefbuild.rewards import builtin, file
-from prefbuild.rewards.schema import FileReward, columns_of, files_of
+from prefbuild.rewards.schema import FileReward, ModelReward, columns_of, files_of
 
 __all__ = ["REWARDS", "Scorer", "columns_of", "files_of"]
 
@@ -22,7 +22,10 @@ REWARDS: dict[str, Callable[[Any, str, dict[str, Any], int], float]] = {
 
 
 class Scorer:
-    """One reward of a recipe, ready to score: `scorer(prompts, completions, rows, num_tokens)`."""
+    """One reward of a recipe, ready to score: `scorer(prompts, completions, rows, num_tokens)`.
+
+    `prompts` are lists of messages.
+    """
 
     def __init__(self, reward: Any):
         """StageError when a user's file can't be loaded."""
@@ -30,11 +33,18 @@ class Scorer:
         self.name: str = reward.metric
         self.weight: float = reward.weight
         self._function = file.load(reward.path, reward.function) if isinstance(reward, FileReward) else None
+        self._judge: Any = None
+        if isinstance(reward, ModelReward):
+            from prefbuild.rewards.model import Judge  # it reads rows' module, which reads methods', which reads this
+
+            self._judge = Judge(reward.recipe)
 
     def __call__(
         self, prompts: list[Any], completions: list[str], rows: list[dict[str, Any]], num_tokens: list[int]
     ) -> list[float]:
         """A number a completion; `rows` hold the columns of each. StageError when it can't be told."""
+        if self._judge is not None:
+            return self._judge(prompts, completions)
         columns = columns_of([self.reward])
         for number, row in enumerate(rows, start=1):
             if missing := [column for column in columns if row.get(column) is None]:

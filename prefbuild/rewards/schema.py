@@ -175,8 +175,21 @@ class FileReward(_Reward):
         return self
 
 
+class ModelReward(_Reward):
+    """The score of a reward model: another recipe's, of method reward."""
+
+    reward: Literal["model"] = Field(description="The score that a reward model of another recipe gives.")
+    recipe: str = Field(description="The other recipe's name; its method is reward.")
+
+    @property
+    def metric(self) -> str:
+        """The name that its metric has under `rewards`."""
+        return self.name or re.sub(r"\W", "_", self.recipe)
+
+
 Reward = Annotated[
-    Union[Length, Regex, Format, Exact, Numeric, Repetition, Json, Language, FileReward], Field(discriminator="reward")
+    Union[Length, Regex, Format, Exact, Numeric, Repetition, Json, Language, FileReward, ModelReward],
+    Field(discriminator="reward"),
 ]
 
 
@@ -194,3 +207,8 @@ def columns_of(rewards: list[Reward]) -> list[str]:
 def files_of(rewards: list[Reward]) -> list[str]:
     """The Python files that rewards are in, sorted."""
     return sorted({reward.path for reward in rewards if isinstance(reward, FileReward)})
+
+
+def models_of(rewards: list[Reward]) -> list[str]:
+    """The recipes whose reward models are asked, sorted."""
+    return sorted({reward.recipe for reward in rewards if isinstance(reward, ModelReward)})

@@ -2,6 +2,7 @@
 
 The merged weights are the base's in its own number format, so they are rounded once more than base and adapter
 apart. What is measured is what that rounding did: both are loaded from disk in float32 and compared on fixed prompts.
+Of a reward model the rewards of fixed answers are compared instead.
 Covered: LoRA, rsLoRA and DoRA as PEFT merges them, tied embeddings. Not covered: quantised bases, which PEFT would
 quantise a second time, and several adapters at once.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from prefbuild.artifact import read_json, verify_artifact, write_json
 from prefbuild.errors import StageError
+from prefbuild.rows import Message
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
 
 NUM_NEW_TOKENS = 16
@@ -29,6 +31,8 @@ PROMPTS = (
     "寿司は好きですか。Answer in English.",
     "My friend is sad because her cat died. What could I say to her?",
 )
+# What a reward model scores, after each prompt.
+ANSWERS = ("I don't know.", "Yes, and here is why: it follows from what you say, as anybody can check.")
 # What a checkpoint has beside its weights: copied from the base as it is. config.json is written with the weights.
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_COPIED = {"config.json", "manifest.json", "adapter_config.json", "trainer_state.json"}
@@ -40,10 +44,12 @@ def run(
     """Write the merged checkpoint and merge.json. StageError when it is not what base and adapter are together."""
     model, adapter, merged = inputs["model"], inputs["adapter"], outputs["merged"]
     assert isinstance(model, Path) and isinstance(adapter, Path)
-    max_kl = settings["merge"]["max_kl"]
-
     check_pair(model, adapter)
     check_adapter(adapter)
+    if "max_reward_difference" in settings["merge"]:
+        write_json(outputs["metrics"], merge_reward_model(model, adapter, merged, **settings["merge"]))
+        return
+    max_kl = settings["merge"]["max_kl"]
     merge(model, adapter, merged)
     result = compare(model, adapter, merged)
 
@@ -138,14 +144,22 @@ def merge(model: Path, adapter: Path, merged: Path) -> None:
             f"{adapter}: adapts an embedding that {model} uses as input and as output; merging would change both, "
             "though one was trained. Leave the embeddings and lm_head out of lora.target_modules"
         )
-    try:
-        whole = pair.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # safe_merge found NaN or infinity
-        raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
+    whole = _merged(pair, model, adapter)
     if (model / "generation_config.json").exists():
         # The base's own file is copied below; saving it here would fail on many that people publish
         # (a temperature without do_sample, say).
         whole.generation_config = GenerationConfig()
+    _save(whole, model, merged)
+
+
+def _merged(pair: Any, model: Path, adapter: Path) -> Any:
+    try:
+        return pair.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # safe_merge found NaN or infinity
+        raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
+
+
+def _save(whole: Any, model: Path, merged: Path) -> None:
     whole.save_pretrained(merged)
     copy_text_files(model, merged)
     for path in merged.rglob("*.safetensors"):
@@ -280,3 +294,78 @@ def _kl(reference: Any, other: Any) -> float:
 
     p, q = torch.log_softmax(reference.double(), dim=-1), torch.log_softmax(other.double(), dim=-1)
     return float((p.exp() * (p - q)).sum())
+
+
+# ---- a reward model
+
+
+def merge_reward_model(model: Path, adapter: Path, merged: Path, *, max_reward_difference: float) -> dict[str, Any]:
+    """Write base, adapter and head as one reward model, and compare its rewards; returns merge.json.
+
+    The same on the same machine, whatever head the base was given: the adapter holds the trained one. StageError when
+    a reward differs by more than `max_reward_difference`, or by what was trained.
+    """
+    import peft
+    import torch
+
+    from prefbuild.rewards.model import HEAD, load, make
+
+    base = make(model, seed=0, dtype="auto")
+    dtype = base.dtype
+    # PEFT keeps what it trains in float32.
+    whole = _merged(peft.PeftModel.from_pretrained(base, adapter), model, adapter).to(dtype)
+    _save(whole, model, merged)
+    del base, whole
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pair = peft.PeftModel.from_pretrained(make(model, seed=0, dtype=torch.float32), adapter)
+    wanted = _rewards(pair.to(device), model)
+    # The base with the trained head: what is left of the adapter when rounding eats all of LoRA.
+    head = getattr(pair.base_model.model, HEAD).modules_to_save["default"].weight.detach().clone()
+    del pair
+    alone = make(model, seed=0, dtype=torch.float32)
+    getattr(alone, HEAD).weight = torch.nn.Parameter(head.cpu())
+    of_base = _differences(wanted, _rewards(alone.to(device), model))
+    del alone
+    torch.cuda.empty_cache()
+    found = _differences(wanted, _rewards(load(merged, torch.float32).to(device), merged))
+
+    largest, mean = max(found), math.fsum(found) / len(found)
+    mean_of_base = math.fsum(of_base) / len(of_base)
+    print(
+        f"merge: rewards differ by at most {largest:.2e} (allowed: {max_reward_difference}), in the mean by {mean:.2e} "
+        f"(the base's with the trained head: {mean_of_base:.2e}); they are {min(wanted):.3g} to {max(wanted):.3g}",
+        file=sys.stderr,
+    )
+    if not mean < mean_of_base:
+        raise StageError(
+            f"{merged}: is no nearer to base and adapter (its rewards differ by {mean:.3g} in the mean) than the base with "
+            f"the trained head is ({mean_of_base:.3g}), so what was trained is lost in rounding; "
+            "train further, or store the base in a finer number format (base.dtype: float32)"
+        )
+    if not largest <= max_reward_difference:  # written so that NaN fails
+        raise StageError(
+            f"{merged}: is not base and adapter: a reward differs by {largest:.3g}, which is over "
+            f"merge.max_reward_difference {max_reward_difference}. Store the base in a finer number format (base.dtype: "
+            "float32), or raise merge.max_reward_difference if this much rounding is acceptable"
+        )
+    return {
+        "max_reward_difference": largest,
+        "mean_reward_difference": mean,
+        "tolerance": {"max_reward_difference": max_reward_difference},
+        "bytes": sum(path.stat().st_size for path in merged.rglob("*") if path.is_file()),
+    }
+
+
+def _rewards(model: Any, folder: Path) -> list[float]:
+    """The rewards of fixed answers to the fixed prompts."""
+    from prefbuild.rewards.model import ids_of, scores
+
+    asked = [(prompt, answer) for prompt in PROMPTS for answer in ANSWERS]
+    prompts: list[list[Message]] = [[{"role": "user", "content": prompt}] for prompt, _ in asked]
+    return scores(model.eval(), ids_of(load_tokenizer(folder), prompts, [answer for _, answer in asked]))
+
+
+def _differences(wanted: list[float], found: list[float]) -> list[float]:
+    apart = [abs(one - other) for one, other in zip(wanted, found, strict=True)]
+    return [value if math.isfinite(value) else math.inf for value in apart]

@@ -23,7 +23,8 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     for recipe in settings["recipes"]:
         gate = next(path for path in inputs[recipe] if path.name == "gate.json")
         method = settings["methods"][recipe]
-        builds.append((recipe, method, gate.parent, Path(settings["baselines"][recipe])))
+        baseline = settings["baselines"].get(recipe)  # a reward model has none
+        builds.append((recipe, method, gate.parent, Path(baseline) if baseline else None))
     missing = [str(path) for _, *build in builds for path in needed(*build) if not path.exists()]
     if missing:
         raise StageError(f"{', '.join(dict.fromkeys(missing))}: missing, so the report would lack it; run `dvc repro`")
@@ -31,19 +32,21 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     write_atomic(outputs["report"] / "index.html", page)
 
 
-def needed(method: str, folder: Path, baseline: Path) -> list[Path]:
+def needed(method: str, folder: Path, baseline: Path | None) -> list[Path]:
     """Every file the page of a recipe is made of, but for curves that a run may lack."""
-    files = [folder / f"{stage}.json" for stage in ("gate", "prepare", "train", "merge", "evaluate")]
-    files += [folder / "lengths.csv", folder / "evaluate" / MANIFEST, baseline / MANIFEST]
+    files = [folder / f"{stage}.json" for stage in ("gate", "prepare", "train", "merge")] + [folder / "lengths.csv"]
     files += [_curve_path(folder, curve) for curve in curve_names(method) if curve not in MAY_LACK.get(method, ())]
+    if baseline is None:
+        return files
+    files += [folder / "evaluate.json", folder / "evaluate" / MANIFEST, baseline / MANIFEST]
     for path in _measurements(folder):
         files += [path.with_suffix(".jsonl"), baseline / path.name, baseline / f"{path.stem}.jsonl"]
     return files
 
 
-def read_build(recipe: str, method: str, folder: Path, baseline: Path) -> Built:
+def read_build(recipe: str, method: str, folder: Path, baseline: Path | None) -> Built:
     """All that is shown of one recipe. StageError when files contradict each other."""
-    gate, rows, metrics = (read_json(folder / f"{stage}.json") for stage in ("gate", "prepare", "evaluate"))
+    gate, rows = (read_json(folder / f"{stage}.json") for stage in ("gate", "prepare"))
     if gate["recipe"] != recipe:
         raise StageError(f"{folder / 'gate.json'}: is the verdict on {gate['recipe']}, not {recipe}; run `dvc repro`")
     lost = rows["rows"]["in"] - rows["rows"]["out"] - sum(rows["dropped"].values())
@@ -51,7 +54,8 @@ def read_build(recipe: str, method: str, folder: Path, baseline: Path) -> Built:
         raise StageError(
             f"{folder / 'prepare.json'}: {lost} rows are neither kept nor counted as dropped; run `dvc repro`"
         )
-    measured = [read_measured(path, baseline) for path in _measurements(folder)]
+    measured = [] if baseline is None else [read_measured(path, baseline) for path in _measurements(folder)]
+    metrics = {} if baseline is None else read_json(folder / "evaluate.json")
     if sorted(json.dumps(one.model["metrics"], sort_keys=True) for one in measured) != sorted(
         json.dumps(value, sort_keys=True) for value in metrics.values()
     ):
@@ -59,7 +63,7 @@ def read_build(recipe: str, method: str, folder: Path, baseline: Path) -> Built:
     return Built(
         name=recipe,
         method=method,
-        base=baseline.name,
+        base=None if baseline is None else baseline.name,
         gate=gate,
         prepare=rows,
         train=read_json(folder / "train.json"),

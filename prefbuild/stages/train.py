@@ -12,6 +12,8 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
+    for judge in inputs.get("reward_models", []):
+        verify_artifact(judge)
     from prefbuild.training import trainer
 
     base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}

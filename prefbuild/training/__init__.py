@@ -4,7 +4,16 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-MODULES = {"dpo": "dpo", "sft": "sft", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo", "rloo": "rloo"}
+MODULES = {
+    "dpo": "dpo",
+    "sft": "sft",
+    "kto": "kto",
+    "orpo": "orpo",
+    "simpo": "simpo",
+    "grpo": "grpo",
+    "rloo": "rloo",
+    "reward": "reward",
+}
 
 
 def trainer(method: str) -> Callable[..., dict[str, Any]]:

@@ -91,28 +91,35 @@ def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
     What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
     checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    quantized: dict[str, Any] = {}
+    return AutoModelForCausalLM.from_pretrained(
+        model, local_files_only=True, use_safetensors=True, **model_options(settings, bf16)
+    )
+
+
+def model_options(settings: TrainOptions, bf16: bool, whole: list[str] | None = None) -> dict[str, Any]:
+    """Number format and quantisation, as from_pretrained takes them. `whole` are linear layers left as they are."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": "auto" if bf16 else torch.float32}
     if settings.quantization == "nf4":
-        quantized["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
             bnb_4bit_use_double_quant=False,
+            llm_int8_skip_modules=whole,
         )
-    dtype = "auto" if bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, local_files_only=True, use_safetensors=True, **quantized
-    )
+    return options
 
 
-def lora_config(settings: TrainOptions) -> Any:
-    """PEFT's config of the adapter."""
+def lora_config(settings: TrainOptions, **options: Any) -> Any:
+    """PEFT's config of the adapter: of a model that writes, unless `options` say otherwise."""
     from peft import LoraConfig
 
-    return LoraConfig(**settings.lora.model_dump(), bias="none", task_type="CAUSAL_LM")
+    return LoraConfig(**{**settings.lora.model_dump(), "bias": "none", "task_type": "CAUSAL_LM", **options})
 
 
 def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -> tuple[Any, list[dict[str, Any]]]:
@@ -264,6 +271,8 @@ class ProgressBar(TrainerCallback):
                 "rewards/accuracies": "accuracy",
                 "reward": "reward",
                 "completions/mean_length": "length",
+                "margin": "margin",
+                "accuracy": "accuracy",
             }
             self.bar.set_postfix(
                 {word: f"{logs[key]:.3g}" for key, word in words.items() if key in logs}, refresh=False
@@ -359,5 +368,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
     # PEFT keeps target_modules as a set, whose order changes from run to run.
     saved["target_modules"] = sorted(saved["target_modules"])
+    if saved["modules_to_save"]:  # PEFT adds the names that heads have, again at each load
+        saved["modules_to_save"] = sorted(set(saved["modules_to_save"]))
     write_atomic(path, canonical_json(saved))
     os.chmod(folder / "adapter_model.safetensors", 0o644)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.methods import ORPO, PARTS
+from prefbuild.template import padding_tokenizer
 from prefbuild.training.common import (
     Checkpoints,
     Curves,
@@ -22,7 +23,7 @@ from prefbuild.training.common import (
     shared_metrics,
     trainer_arguments,
 )
-from prefbuild.training.pairs import PreparedPairs, padding_tokenizer
+from prefbuild.training.pairs import PreparedPairs
 
 
 def train(

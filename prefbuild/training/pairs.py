@@ -5,7 +5,6 @@ end-of-sequence token where the answer has another end of turn, and count no tok
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 # TRL warns that they may go away in a later version; which version is used is pinned.
@@ -40,13 +39,3 @@ class PreparedPairs:
         if "loss" in logs:
             logs["num_tokens"] = float(self._total_train_tokens)
         super().log(logs, start_time)  # type: ignore[misc]
-
-
-def padding_tokenizer(model: Path) -> Any:
-    """The model's tokenizer with a token to pad with, which these trainers look for before they set one."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

@@ -18,7 +18,7 @@ from prefbuild.stages import merge
 from prefbuild.training.common import ProgressBar
 
 Trained = dict[str, tuple[Path, dict[str, Any]]]
-NAMES = ("sft", "kto", "orpo", "simpo")
+NAMES = ("sft", "kto", "orpo", "simpo", "reward")
 SETTINGS: dict[str, Any] = {
     # Six rows are two steps: the checkpoint is amid the second pass, which has an order of its own.
     "max_steps": 5,
@@ -84,11 +84,13 @@ def test_a_killed_training_goes_on_and_ends_with_the_bytes_of_another(
 
 @each_method
 def test_settings_have_the_names_that_trl_gives_them(method: str) -> None:
-    from trl import KTOConfig, SFTConfig
+    from trl import KTOConfig, RewardConfig, SFTConfig
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
 
-    config = {"sft": SFTConfig, "kto": KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig}[method]
+    config = {"sft": SFTConfig, "kto": KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig, "reward": RewardConfig}[
+        method
+    ]
     own = set(METHODS[method].model_fields) - set(TrainOptions.model_fields) - {"method"}
     assert own
     assert own <= {field.name for field in dataclasses.fields(config)}
