@@ -55,6 +55,6 @@ def test_the_rows_that_examples_ship_are_read(examples: dict[Path, Recipe], tmp_
 
 def test_an_examples_files_are_in_the_repository(examples: dict[Path, Recipe]) -> None:
     for path, recipe in examples.items():
-        for task in recipe.evaluate.tasks:
+        for task in recipe.tasks:
             if task.task.endswith(".yaml"):
                 assert (ROOT / task.task).is_file(), f"{path} names {task.task}, which is not there"

@@ -51,6 +51,15 @@ def test_every_file_is_judged_by_its_digest(root):
     assert all(value.startswith("sha256:") for value in judged.values())
 
 
+def test_a_build_that_measures_nothing_is_judged_without_it_and_a_rule_on_it_fails(root):
+    inputs = {role: path for role, path in built.INPUTS.items() if role not in ("evaluate", "samples", "baseline")}
+    settings = built.gate_settings([gate("train.loss", max=0.6), gate(EXACT, min=0.0), gate(EXACT, min_delta=0.0)])
+    first, *others = judge({**settings, "measurements": []}, inputs, "x", root)["rules"]
+    assert first["passed"] and first["says"] == "train.loss is 0.5, at most 0.6"
+    says = f"{EXACT} is not there: the recipe measures nothing, as it makes a reward model"
+    assert [(rule["passed"], rule["says"]) for rule in others] == [(False, says)] * 2
+
+
 # ---- min and max
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from prefbuild import yamlfile
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import DPO, LOSS_TYPES, METHODS, SHAPES
+from prefbuild.methods import DPO, LOSS_TYPES, METHODS, SHAPES, train_metrics
 from prefbuild.recipe import (
     Compute,
     Data,
@@ -85,6 +85,8 @@ def edited(*edits: tuple[str, str]) -> str:
 
 def of_method(method: str, *edits: tuple[str, str]) -> str:
     """The good recipe with another method, and what that method needs."""
+    if method == "reward":
+        edits = (*edits, (GOOD[GOOD.index("evaluate:") : GOOD.index("gates:")], ""))
     needs = "".join(f"\n  {key}: {json.dumps(value)}" for key, value in NEEDS.get(method, {}).items())
     return edited(("  method: dpo", f"  method: {method}{needs}"), *edits)
 
@@ -857,6 +859,74 @@ def test_recipes_that_start_from_each_other_are_named_once() -> None:
         Path(f"recipes/{name}.yaml").write_text(started_from(base))
     assert problems() == [
         "recipes/a.yaml:3: base.recipe: recipes start from each other (a -> b -> c -> a); let one start from a file or a wheel"
+    ]
+
+
+def scored_by(recipe: str) -> str:
+    """The good recipe with a method that another recipe's reward model serves."""
+    rewards = f"  method: grpo\n  rewards: [{{reward: model, recipe: {recipe}}}]"
+    return edited(("  method: dpo", rewards))
+
+
+def test_a_reward_model_scores_completions_and_is_no_base_and_measured_on_no_task() -> None:
+    judge = of_method("reward", ("evaluate.concise.exact_match", "train.held_out.accuracy"))
+    Path("recipes/judge.yaml").write_text(judge)
+    X.write_text(scored_by("judge"))
+    loaded = load_recipes(Path())
+    assert loaded["judge"].tasks == [] and loaded["judge"].evaluate is None
+    assert train_metrics(loaded["x"].train)[-3:] == ("rewards.judge", "held_out.rewards.judge", "step_0.rewards.judge")
+
+    X.write_text(scored_by("juge"))
+    assert problems() == ["recipes/x.yaml:9: train.rewards[0].recipe: there is no recipe 'juge'; did you mean judge?"]
+    Path("recipes/y.yaml").write_text(GOOD)
+    X.write_text(scored_by("y"))
+    assert problems() == [
+        "recipes/x.yaml:9: train.rewards[0].recipe: recipe y makes a model that writes (method dpo); name one with "
+        "method: reward"
+    ]
+    X.write_text(started_from("judge").replace("min: 0.5", "max_drop: 0.1\n    against: judge"))
+    assert problems() == [
+        "recipes/x.yaml:3: base.recipe: recipe judge makes a reward model, which scores answers and writes none; take "
+        "another base",
+        "recipes/x.yaml:16: gates[0].against: recipe judge makes a reward model, which writes no answers to measure; take "
+        "another recipe",
+    ]
+    X.write_text(scored_by("judge"))
+    Path("recipes/judge.yaml").write_text(
+        judge.replace("source: file\n  path: models/tiny", "source: recipe\n  recipe: x")
+    )
+    assert problems() == [
+        "recipes/judge.yaml:3: base.recipe: recipes start from each other (judge -> x -> judge); let one start from a file "
+        "or a wheel"
+    ]
+
+
+def test_what_a_reward_model_does_not_have_is_an_error_that_says_what_it_has() -> None:
+    X.write_text(edited(("  method: dpo", "  method: reward")) + "merge: {max_kl: 0.1}\n")
+    why = "lm-evaluation-harness measures models that write, and a reward model scores; "
+    what = "gate on train.held_out.accuracy and train.held_out.margin, which data.held_out gives"
+    assert problems() == [
+        f"recipes/x.yaml:10: evaluate: {why}remove it, and {what}",
+        f"recipes/x.yaml:14: gates[0].metric: {why}{what}",
+        "recipes/x.yaml:16: merge.max_kl: is of models that write; write max_reward_difference",
+    ]
+    X.write_text(of_method("reward", ("evaluate.concise.exact_match", "train.held_out.rewards.accuracies")))
+    assert problems()[0].endswith("is no metric of reward; did you mean train.held_out.accuracy?")
+    X.write_text(
+        of_method(
+            "reward",
+            ("evaluate.concise.exact_match", "train.loss"),
+            ("10\n", "10\n  lora: {target_modules: [score]}\n"),
+        )
+    )
+    assert problems() == [
+        "recipes/x.yaml:10: train.lora.target_modules: names score, the head, which is trained whole; leave it out"
+    ]
+    X.write_text(GOOD + "merge: {max_reward_difference: 0.1}\n")
+    assert problems() == ["recipes/x.yaml:16: merge.max_reward_difference: is of reward models; write max_kl"]
+    X.write_text(edited((GOOD[GOOD.index("evaluate:") : GOOD.index("gates:")], "evaluate: null\n")))
+    assert problems() == [
+        "recipes/x.yaml:10: evaluate: is empty; required: What is measured, on the model and on its base"
     ]
 
 

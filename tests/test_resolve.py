@@ -79,6 +79,24 @@ def test_a_recipe_that_measures_otherwise_leaves_the_first_ones_sections_alone(p
     assert {m["limit"] for m in baseline["settings"]["measurements"]} == {4, 6}
 
 
+def test_a_reward_model_is_measured_on_no_task_and_needs_no_baseline(project: Path) -> None:
+    text = RECIPE.replace("method: dpo", "method: reward").replace("max_kl", "max_reward_difference")
+    gates = "gates: [{metric: train.held_out.accuracy, min: 0.7}]\n"
+    (project / "recipes/first.yaml").write_text(
+        text[: text.index("evaluate:")] + gates + text[text.index("promote:") :]
+    )
+    run(project, "prefbuild", "lock")
+    resolved = resolve(load_project(project))
+    assert not [path for path in resolved if "/baselines/" in path]
+    mine = resolved["build/.resolved/first.json"]
+    assert set(mine) == {"prepare", "train", "merge", "gate", "promote", "compute"}
+    assert not {"evaluate", "samples", "baseline"} & {*mine["gate"]["inputs"], *mine["promote"]["inputs"]}
+    assert mine["merge"]["settings"] == {"merge": {"max_reward_difference": 0.5}}
+    report = resolved["build/.resolved/report.json"]["report"]
+    assert report["settings"]["baselines"] == {} and report["inputs"]["baselines"] == []
+    assert not [path for path in report["inputs"]["first"] if "evaluate" in path]
+
+
 def test_unchanged_files_are_not_written_again(project: Path) -> None:
     resolved = resolve(load_project(project))
     assert write_resolved(project, resolved)

@@ -1,9 +1,11 @@
 """`prefbuild reward`, and a build with GRPO whose reward is a file of the project."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from project import RECIPE as OF_PAIRS
 from project import make_project, run
 
 RECIPE = """\
@@ -37,6 +39,14 @@ gates:
   - metric: train.held_out.rewards.short
     min: -1000.0
 """
+# A reward model that scores completions of the recipe above.
+JUDGE = (
+    OF_PAIRS[: OF_PAIRS.index("merge:")]
+    .replace("method: dpo", "method: reward")
+    .replace("max_steps: 4", "max_steps: 2")
+    + "gates: [{metric: train.held_out.accuracy, min: 0.0}]\n"
+    + OF_PAIRS[OF_PAIRS.index("promote:") :]
+)
 OWN = "def short(prompts, completions):\n    return [-len(text) for text in completions]\n"
 
 
@@ -101,21 +111,42 @@ def test_a_file_or_recipe_that_is_not_there_is_told(project: Path) -> None:
     assert "sums: method dpo has no rewards; grpo and rloo have" in output
 
 
-def test_a_build_with_a_reward_of_ones_own(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_build_with_a_reward_of_ones_own_and_a_reward_model(tmp_path: Path, tiny_model: Path) -> None:
     root = make_project(tmp_path / "project", tiny_model, recipes=())
-    (root / "recipes/sums.yaml").write_text(RECIPE)
+    judge = "      weight: 0.5\n    - {reward: model, recipe: judge, weight: 0.1}\n"
+    (root / "recipes/sums.yaml").write_text(RECIPE.replace("      weight: 0.5\n", judge))
+    (root / "recipes/judge.yaml").write_text(JUDGE)
     (root / "recipes/own.py").write_text(OWN)
     assert "pinned reward recipes/own.py" in run(root, "prefbuild", "lock")
     run(root, "prefbuild", "sync")
     run(root, "dvc", "repro", "-q", "pipelines/sums/dvc.yaml:train")
     metrics = json.loads((root / "build/sums/train.json").read_text())
     assert metrics["rewards"]["short"] < 0 and metrics["held_out"]["rewards"]["numeric"] == 0
+    assert metrics["rewards"]["judge"] != 0
     section = json.loads((root / "build/.resolved/sums.json").read_text())["train"]
     assert section["inputs"]["rewards"] == ["recipes/own.py"]
+    assert section["inputs"]["reward_models"] == ["build/judge/merged"]
     assert [pin["path"] for pin in section["settings"]["rewards"]] == ["recipes/own.py"]
 
+    output = run(root, "prefbuild", "build", "judge")
+    assert (
+        "judge: PASS, 1 of 1 rules hold" in output and "Stage 'pipelines/judge/dvc.yaml:merge' didn't change" in output
+    )
+    assert re.search(r"^accuracy +[01]\.\d+ +[01]\.\d+ +[01]\.\d+$", output, re.MULTILINE)
+    run(root, "prefbuild", "promote", "judge", "--allow-dirty")
+    card = (root / "registry/judge/v1/README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "made a reward model of preferences. Published" in card
+    assert 'AutoModelForSequenceClassification.from_pretrained("registry/judge/v1")' in card
+    assert "AutoModelForCausalLM" not in card and "generate(" not in card
+    line = json.dumps({"prompt": "What is 1 plus 2?", "completion": "3"})
+    (root / "answers.jsonl").write_text(line)
+    output = run(root, "prefbuild", "reward", "judge", "--try", "answers.jsonl")
+    assert output.split()[:5] == ["judge", "total", "completion", "weight", "1"]
+
     output = run(root, "prefbuild", "reward", "sums", "--try", "--column", "chosen", "-n", "1")
-    assert output.splitlines()[-1].split() == ["train.jsonl:1", "1", "-1", "0.5", '"3"']
+    where, numeric, short, score, total, text = output.splitlines()[-1].split()
+    assert (where, numeric, short, text) == ("train.jsonl:1", "1", "-1", '"3"')
+    assert float(total) == pytest.approx(0.5 + 0.1 * float(score), abs=1e-4)
 
     tokens = RECIPE.replace(
         "reward: numeric\n      column: rejected", "reward: length\n      target: 5\n      unit: tokens"

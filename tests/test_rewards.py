@@ -154,7 +154,7 @@ def test_every_script_has_ranges_and_every_reward_a_function() -> None:
 
     assert set(get_args(Script)) == set(SCRIPTS)
     kinds = {get_args(one.model_fields["reward"].annotation)[0] for one in get_args(get_args(Reward)[0])}
-    assert kinds == {*REWARDS, "file"}
+    assert kinds == {*REWARDS, "file", "model"}
 
 
 def test_columns_and_files_are_those_that_rewards_name() -> None:

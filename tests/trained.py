@@ -63,11 +63,13 @@ def _row(tokenizer: Any, shape: str, i: int) -> dict[str, Any]:
     good, bad = f"Yes, {i} {animal}s are.<|im_end|>\n", "I am not sure." * (1 + i % 2) + f" Ask {i}.<|im_end|>\n"
     if shape == "pairs":
         texts |= {"chosen": good, "rejected": bad}
-    else:
+    elif shape != "prompts":
         texts["completion"] = good if i % 2 else bad
     ids = {f"{part}_ids": tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-    label = {"label": bool(i % 2)} if shape == "labelled" else {}
-    return {"id": str(i), **texts, **ids, **label}
+    more: dict[str, Any] = {"label": bool(i % 2)} if shape == "labelled" else {}
+    if shape == "prompts":
+        more = {"messages": [{"role": "user", "content": question}], "columns": {}}
+    return {"id": str(i), **texts, **ids, **more}
 
 
 def log_probs(model: Path, adapter: Path | None, prompt: list[int], answer: list[int]) -> Any:

@@ -301,6 +301,8 @@ def _dependencies(facts: dict[str, Any]) -> list[dict[str, Any]]:
     # As prefbuild reads them: for a base that is another recipe's model, this is all there is.
     found.append(_resource("base model", made_from["model"], artifact=True))
     found += [_resource(path, digest, artifact=True) for path, digest in made_from["data"].items()]
+    judges = facts["made_from"]["adapter"].get("reward_models", {})
+    found += [_resource(path, digest, artifact=True) for path, digest in judges.items()]
     for task in facts["tasks"]:
         found += [_resource(file["path"], file["sha256"], task=task["name"]) for file in task["files"]]
     for image in facts["images"]:

@@ -130,6 +130,7 @@ def _load(folder: Path, **options: Any) -> tuple[Any, set[str]]:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # that lm_head goes and a head comes is what is wanted
     try:

@@ -315,6 +315,7 @@ def merge_reward_model(model: Path, adapter: Path, merged: Path, *, max_reward_d
     # PEFT keeps what it trains in float32.
     whole = _merged(peft.PeftModel.from_pretrained(base, adapter), model, adapter).to(dtype)
     _save(whole, model, merged)
+    (merged / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
     del base, whole
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
