@@ -3,7 +3,7 @@
     judge(settings, inputs, name) -> the verdict, as gate.json keeps it
 
 A rule holds only when its metric is there, is a finite number, and is this model's. What belongs together is read
-from the manifests: adapter from prepared and base, merged from adapter and base, evaluation of merged, baseline of
+from the manifests: adapter from prepared, base and reward models, merged from adapter and base, evaluation of merged, baseline of
 base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in evaluate/<key>.jsonl.
 Where that breaks, an `artifact` rule says so and no rule holds.
 
@@ -183,6 +183,18 @@ def _check_chain(build: _Build) -> None:
             build.problems.append(
                 f"{build.inputs[role]}: was made from {key} {_short(made_from)}, but {build.inputs[source]} is "
                 f"{_short(build.digest(source))}: stale, run `dvc repro`"
+            )
+    asked = (build.manifests.get("adapter", {}).get("inputs") or {}).get("reward_models", {})
+    for path in build.inputs.get("reward_models", []):
+        try:
+            now = read_manifest(build.root / path)["digest"]
+        except StageError as error:
+            build.problems.append(build.say(error))
+            continue
+        if "adapter" in build.manifests and asked.get(path) != now:
+            build.problems.append(
+                f"{build.inputs['adapter']}: was trained by reward model {_short(asked.get(path))}, but {path} is "
+                f"{_short(now)}: stale, run `dvc repro`"
             )
 
 

@@ -269,6 +269,8 @@ def _recipe_sections(
         "baseline": f"build/baselines/{base_id}",
         "others": [f"build/{rival}/evaluate" for rival in rivals],
     }
+    if judges:
+        judged["reward_models"] = reward_inputs["reward_models"]
     if recipe.evaluate is None:
         for role in ("evaluate", "samples", "baseline"):
             del judged[role]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefbuild.artifact import canonical_json, write_json
+from prefbuild.artifact import canonical_json, write_json, write_manifest
 from prefbuild.gates import judge, verdict_table
 from tests import built
 from tests.built import BASE, BASELINE, KEYS, edit, edit_lines, gate, seal
@@ -58,6 +58,29 @@ def test_a_build_that_measures_nothing_is_judged_without_it_and_a_rule_on_it_fai
     assert first["passed"] and first["says"] == "train.loss is 0.5, at most 0.6"
     says = f"{EXACT} is not there: the recipe measures nothing, as it makes a reward model"
     assert [(rule["passed"], rule["says"]) for rule in others] == [(False, says)] * 2
+
+
+def test_a_reward_model_that_was_built_anew_since_is_told(root):
+    path, adapter = "build/y/merged", root / "build/x/adapter"
+    built.checkpoint(root / path, seed=5)
+    write_manifest(root / path, stage="merge", name="y", inputs={})
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    inputs = {**built.INPUTS, "reward_models": [path]}
+
+    def verdict(trained_by: str) -> dict:
+        asked = {**manifest["inputs"], "reward_models": {path: trained_by}}
+        write_manifest(adapter, stage="train", name="x", inputs=asked)
+        return judge(built.gate_settings([gate("train.loss", max=0.6)]), inputs, "x", root)
+
+    assert verdict(built.digest(root, path))["passed"]
+    stale = verdict("sha256:" + "9" * 64)
+    assert not stale["passed"]
+    assert (
+        "build/x/adapter: was trained by reward model sha256:999999999999, but build/y/merged is sha256:"
+        in (stale["rules"][0]["says"])
+    )
+    shutil.rmtree(root / path)
+    assert "build/y/merged" in verdict("sha256:" + "9" * 64)["rules"][0]["says"]
 
 
 # ---- min and max
