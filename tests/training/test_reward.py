@@ -174,7 +174,7 @@ def test_a_reward_model_is_the_reward(
 
     monkeypatch.setattr(Judge, "__call__", spy)
     prompts = write_prepared(tmp_path / "prompts", base, "prompts", train=4, held_out=2)
-    options = {"num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    options = {"max_completion_length": 8, "max_steps": 2}
     weighed = [{"reward": "model", "recipe": "judge", "weight": 2.0}]
     metrics = train(tmp_path / "trained", method, base, prompts, rewards=weighed, **options)
     before, *_, last, after = (sum(values) / len(values) for *_, values in asked)
