@@ -147,6 +147,13 @@ def test_what_it_was_made_from_has_digests(root):
     assert found["recipes/tasks/concise.yaml"]["annotations"] == {"task": "concise"}
 
 
+def test_a_reward_model_that_scored_completions_is_named_with_its_digest(root):
+    facts = make_facts(root)
+    facts["made_from"]["adapter"]["reward_models"] = {"build/judge/merged": "sha256:" + "7" * 64}
+    found = {one["name"]: one for one in definition(make(root, facts))["resolvedDependencies"]}
+    assert found["build/judge/merged"]["digest"] == {"sha256": "7" * 64}
+
+
 def test_parameters_name_recipe_settings_and_tools(root):
     facts = make_facts(root)
     parameters = definition(make(root, facts))
