@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, PromptOptions, Train, train_metrics
 from prefbuild.rewards.schema import ModelReward
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
@@ -800,7 +800,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
     """The recipes whose models this one is built from, and where it says so."""
     if isinstance(recipe.base, RecipeModel):
         yield ("base", "recipe"), recipe.base.recipe
-    for i, reward in enumerate(getattr(recipe.train, "rewards", [])):
+    for i, reward in enumerate(recipe.train.rewards if isinstance(recipe.train, PromptOptions) else []):
         if isinstance(reward, ModelReward):
             yield ("train", "rewards", i, "recipe"), reward.recipe
 

@@ -68,16 +68,26 @@ def ids_of(tokenizer: Any, prompts: list[list[Message]], completions: list[str])
     """Prompts and completions in the words of the model's own chat template, as its training had them.
 
     A completion that was clipped is scored as if it had ended there. Special tokens in its text would end it earlier, so
-    they are taken out. DataError when the template refuses.
+    they are taken out. DataError when the template refuses the messages.
     """
     special = special_tokens(tokenizer)
     texts = []
     for messages, completion in zip(prompts, completions, strict=True):
         prompt = render_prompt(tokenizer, messages)
-        answer: Message = {"role": "assistant", "content": special.sub("", completion)}
-        texts += [prompt, render_completion(tokenizer, messages, prompt, [answer])]
+        texts += [prompt, _answer(tokenizer, messages, prompt, special.sub("", completion))]
     ids = tokenize(tokenizer, texts)  # apart, as prepare does it
     return [prompt + answer for prompt, answer in zip(ids[::2], ids[1::2], strict=True)]
+
+
+def _answer(tokenizer: Any, messages: list[Message], prompt: str, text: str) -> str:
+    """A completion as the template renders answers, whatever the model wrote."""
+    try:
+        return render_completion(tokenizer, messages, prompt, [{"role": "assistant", "content": text}])
+    except DataError:
+        # Templates of reasoning models rewrite some texts; no sampled one may end a training.
+        plain: Message = {"role": "assistant", "content": "Green."}
+        opening, _, closing = render_completion(tokenizer, messages, prompt, [plain]).partition(plain["content"])
+        return opening + text + closing
 
 
 def scores(model: Any, ids: list[list[int]]) -> list[float]:

@@ -153,6 +153,12 @@ def test_completions_are_scored_as_training_rendered_answers(
     asked = [[{"role": "user", "content": question}]] * 2
     ids = ids_of(tokenizer, asked, [answer, answer + "<|im_end|>"])  # type: ignore[arg-type]
     assert ids == [row["prompt_ids"] + row["chosen_ids"]] * 2  # an end of turn in the text would end it earlier
+    thinking = load_tokenizer(base)
+    thinking.chat_template = thinking.chat_template.replace("['content']", "['content'].split('</think>')[-1]")
+    assert ids_of(thinking, asked, [answer, "So.</think>" + answer]) == [  # type: ignore[arg-type]
+        ids[0],
+        row["prompt_ids"] + tokenizer("So.</think>" + answer + "<|im_end|>\n")["input_ids"],
+    ]
     monkeypatch.chdir(project)
     judge = Judge("judge")
     assert judge(asked[:1], [answer]) == pytest.approx(scores(judge.model, ids[:1]))  # type: ignore[arg-type]
