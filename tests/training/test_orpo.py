@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from trained import answer_log_probs, batches, log_probs, read_prepared, train, unpadded, write_prepared
 
-from prefbuild.training.pairs import IGNORED, padding_tokenizer
+from prefbuild.template import padding_tokenizer
+from prefbuild.training.pairs import IGNORED
 
 
 @pytest.fixture(scope="module")
