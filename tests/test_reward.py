@@ -8,6 +8,9 @@ import pytest
 from project import RECIPE as OF_PAIRS
 from project import make_project, run
 
+from prefbuild.promote import promote
+from prefbuild.reward import try_rewards
+
 RECIPE = """\
 base: {source: file, path: models/tiny}
 data:
@@ -111,7 +114,9 @@ def test_a_file_or_recipe_that_is_not_there_is_told(project: Path) -> None:
     assert "sums: method dpo has no rewards; grpo and rloo have" in output
 
 
-def test_a_build_with_a_reward_of_ones_own_and_a_reward_model(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_build_with_a_reward_of_ones_own_and_a_reward_model(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_project(tmp_path / "project", tiny_model, recipes=())
     judge = "      weight: 0.5\n    - {reward: model, recipe: judge, weight: 0.1}\n"
     (root / "recipes/sums.yaml").write_text(RECIPE.replace("      weight: 0.5\n", judge))
@@ -133,14 +138,15 @@ def test_a_build_with_a_reward_of_ones_own_and_a_reward_model(tmp_path: Path, ti
         "judge: PASS, 1 of 1 rules hold" in output and "Stage 'pipelines/judge/dvc.yaml:merge' didn't change" in output
     )
     assert re.search(r"^accuracy +[01]\.\d+ +[01]\.\d+ +[01]\.\d+$", output, re.MULTILINE)
-    run(root, "prefbuild", "promote", "judge", "--allow-dirty")
+    monkeypatch.chdir(root)
+    promote(root, "judge", allow_dirty=True)
     card = (root / "registry/judge/v1/README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "made a reward model of preferences. Published" in card
     assert 'AutoModelForSequenceClassification.from_pretrained("registry/judge/v1")' in card
     assert "AutoModelForCausalLM" not in card and "generate(" not in card
     line = json.dumps({"prompt": "What is 1 plus 2?", "completion": "3"})
     (root / "answers.jsonl").write_text(line)
-    output = run(root, "prefbuild", "reward", "judge", "--try", "answers.jsonl")
+    output = try_rewards(root, "judge", "answers.jsonl", num_rows=1, column=None)
     assert output.split()[:5] == ["judge", "total", "completion", "weight", "1"]
 
     output = run(root, "prefbuild", "reward", "sums", "--try", "--column", "chosen", "-n", "1")
