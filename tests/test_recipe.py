@@ -193,7 +193,7 @@ IN_TRAIN = {
     "bf16: true": "train.bf16: unknown key; write precision: bf16 (or auto, or float32)",
     "load_in_4bit: true": "train.load_in_4bit: unknown key; write train.quantization: nf4, the one kind there is",
     "reference_free: true": "train.reference_free: unknown key; TRL dropped it; remove it",
-    "ref_model: x": "train.ref_model: unknown key; the reference is the base without its adapter; remove it",
+    "ref_model: x": "train.ref_model: unknown key; write train.reference: base, or {recipe: NAME} for the model of another recipe",
     "output_dir: x": "train.output_dir: unknown key; outputs go to build/<recipe>; remove it",
     "trust_remote_code: true": "train.trust_remote_code: unknown key; no code comes from a model or data set; remove it",
     "hub_token: hf_abcdefghijklmnopqrstuvwxyz0123": "train.hub_token: holds a token; remove it, and revoke it if others saw the file",

@@ -1,4 +1,4 @@
-"""Training of the tiny model on prepared rows that are written here, for tests of every method on answers and pairs."""
+"""Training of the tiny model on prepared rows that are written here, for tests of every method."""
 
 import functools
 import hashlib
@@ -31,22 +31,27 @@ def read_prepared(prepared: Path, name: str = "train") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (prepared / f"{name}.jsonl").read_text().splitlines()]
 
 
-def train(folder: Path, method: str, model: Path, prepared: Path, **settings: Any) -> dict[str, Any]:
+def train(
+    folder: Path, method: str, model: Path, prepared: Path, other: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """Train as the train stage does, for four steps unless `settings` say otherwise; returns the metrics.
 
-    The adapter is left in folder/adapter, the checkpoints in folder/work.
+    `other` is the reference where that is not the base. The adapter, or all weights, are left in folder/adapter, the checkpoints in folder/work.
     """
-    few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora": {"r": 4}}
+    few: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    few |= {"lora": {"r": 4}} if settings.get("use_peft", True) else {}
+    paths = {"reference": other} if other else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
         seed=42,
         base=BASE,
         model=model,
         prepared=prepared,
-        adapter=folder / "adapter",
+        trained=folder / "adapter",
         live=folder / "live",
         work=folder / "work",
         name="test",
+        **paths,
     )
     return metrics
 
@@ -61,13 +66,15 @@ def _row(tokenizer: Any, shape: str, i: int) -> dict[str, Any]:
     question = f"Are {i} {animal}s many?" + " Say why." * (i % 3)
     texts = {"prompt": render_prompt(tokenizer, [{"role": "user", "content": question}])}
     good, bad = f"Yes, {i} {animal}s are.<|im_end|>\n", "I am not sure." * (1 + i % 2) + f" Ask {i}.<|im_end|>\n"
+    more: dict[str, Any] = {"label": bool(i % 2)} if shape == "labelled" else {}
     if shape == "pairs":
         texts |= {"chosen": good, "rejected": bad}
+    elif shape == "prompts":
+        more = {"messages": [{"role": "user", "content": question}], "columns": {}}
     else:
         texts["completion"] = good if i % 2 else bad
     ids = {f"{part}_ids": tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-    label = {"label": bool(i % 2)} if shape == "labelled" else {}
-    return {"id": str(i), **texts, **ids, **label}
+    return {"id": str(i), **texts, **ids, **more}
 
 
 def log_probs(model: Path, adapter: Path | None, prompt: list[int], answer: list[int]) -> Any:

@@ -49,7 +49,7 @@ def run(tiny_model: Path, prepared: Path, folder: Path, **settings: Any) -> dict
         base={"name": "me/tiny", "revision": "sha256:0"},
         model=tiny_model,
         prepared=prepared,
-        adapter=folder / "adapter",
+        trained=folder / "adapter",
         live=folder / "live",
         work=folder / "work",
         name="tiny",
