@@ -336,12 +336,12 @@ def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str,
 
 
 class Merge(Strict):
-    """Adapter and base become one set of weights."""
+    """Adapter and base become one set of weights, or all weights are rounded to the base's number format."""
 
     max_kl: float = Field(
         default=0.01,
         gt=0,
-        description="Largest mean KL divergence, in nats a token, of the merged model from base and adapter.",
+        description="Largest mean KL divergence, in nats a token, of the merged model from what was trained.",
     )
 
 

@@ -91,7 +91,7 @@ def set_up(settings: TrainOptions, seed: int) -> bool:
 
 
 def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
-    """The base model to train, or to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
+    """The model to train, or to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
 
     What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
     checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
@@ -183,7 +183,7 @@ def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
 
 
 def machine() -> dict[str, str]:
-    """What the bytes depend on besides the recipe: the same values here promise the same adapter."""
+    """What the bytes depend on besides the recipe: the same values here promise the same adapter or weights."""
     import peft
     import torch
     import transformers

@@ -37,7 +37,7 @@ def train(
 ) -> dict[str, Any]:
     """Train on prepared prompts and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
     goes on from the newest whole one found there. Raises StageError when the loss is no number, there are too few
     prompts, or a reward fails.
     """

@@ -39,7 +39,7 @@ def train(
 ) -> dict[str, Any]:
     """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
     goes on from the newest whole one found there. Raises StageError when the loss is no number.
     """
     from datasets import Dataset
