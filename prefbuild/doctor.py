@@ -336,7 +336,8 @@ def disk_need(*, weights: int, trained: int, download: int, fetched: bool) -> tu
     """Bytes a build adds for good (base, merged model, what was trained), and for a while (download, two checkpoints).
 
     `weights` and `trained` are the sizes of the full model and of what is trained (the adapter, or all weights in
-    float32); a checkpoint is three times the latter, for Adam's two moments. A second build takes as much as the first: DVC's cache keeps the old model.
+    float32); a checkpoint is three times the latter, for Adam's two moments. A second build takes as much as the first:
+    DVC's cache keeps the old model.
     """
     lasting = (0 if fetched else weights) + weights + trained
     return lasting, max(0 if fetched else download, 2 * 3 * trained)
@@ -517,7 +518,7 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
     weights       of the base under an adapter: parameters x bytes, less when quantised
     reference     as many again, but where it is the base without its adapter (float32 where all weights are trained)
     trained       an adapter's parameters x 16: float32 weights, gradients and Adam's two moments. All weights: x 8 for
-                  weights and gradients, with the optimizer's states (STATE_BYTES), and x 2 for autocast's copies in bf16
+                  weights and gradients, the optimizer's states (STATE_BYTES), and x 2 for autocast's copies in bf16
     activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = batch x max_length, and of pairs
                   twice that; with checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager
                   attention is not counted, nor what generation keeps while it samples (GRPO, RLOO).
@@ -559,7 +560,7 @@ def weight_bytes(train: TrainOptions, shape: Shape, bytes_per_number: int) -> in
 
 
 def has_second_model(train: Train) -> bool:
-    """Whether training holds a reference in memory beside the model: another recipe's, or the base where there is no adapter."""
+    """Whether training holds a reference beside the model: another recipe's, or the base where there is no adapter."""
     if reference_recipe(train) is not None:
         return True
     asks = train.method in ("dpo", "kto") or (train.method in ("grpo", "rloo") and train.beta > 0)

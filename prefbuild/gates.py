@@ -3,9 +3,9 @@
     judge(settings, inputs, name) -> the verdict, as gate.json keeps it
 
 A rule holds only when its metric is there, is a finite number, and is this model's. What belongs together is read
-from the manifests: adapter (or all weights) from prepared and base, merged from it and base, evaluation of merged, baseline of
-base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in evaluate/<key>.jsonl.
-Where that breaks, an `artifact` rule says so and no rule holds.
+from the manifests: adapter (or all weights) from prepared and base, merged from it and base, evaluation of merged,
+baseline of base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in
+evaluate/<key>.jsonl. Where that breaks, an `artifact` rule says so and no rule holds.
 
 Covered: bytes of the folders read here (prepared, samples, baseline, others), manifests of the rest. Not covered: the
 bytes of the weights, which promote hashes, and a forger who rewrites samples and every digest above them.
@@ -32,7 +32,7 @@ TOLERANCE = 1e-12
 
 
 def trained_role(known: Any) -> str:
-    """The role of what was trained, where a build's inputs, a verdict or facts have it: `adapter`, or `trained` (all weights)."""
+    """The role of what was trained in a build's inputs, a verdict or facts: `adapter`, or `trained` for all weights."""
     return "trained" if "trained" in known else "adapter"
 
 

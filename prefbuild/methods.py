@@ -108,8 +108,8 @@ class TrainOptions(Strict):
     disable_dropout: bool = Field(default=True, description="No dropout while training, as TRL has it.")
     use_peft: bool = Field(
         default=True,
-        description="Train a LoRA adapter. False: all weights, in float32, which takes 16 bytes a weight with AdamW, and "
-        "a learning rate that is a tenth of an adapter's or less.",
+        description="Train a LoRA adapter. False: all weights, in float32, which takes 16 bytes a weight with AdamW, "
+        "and a learning rate that is a tenth of an adapter's or less.",
     )
     lora: Lora = Field(default_factory=Lora, description="The adapter.")
     precision: Literal["auto", "bf16", "float32"] = Field(

@@ -983,8 +983,8 @@ NOT_HERE = {
     "ref_model": _REFERENCE,
     "ref_model_name": _REFERENCE,
     "ref_model_name_or_path": _REFERENCE,
-    "train.reference": "dpo and kto have a reference of their choice; that of grpo and rloo is the base, in TRL too, and "
-    "sft, orpo and simpo have none; remove it",
+    "train.reference": "dpo and kto have a reference of their choice; that of grpo and rloo is the base, in TRL too, "
+    "and sft, orpo and simpo have none; remove it",
     "reference_free": "TRL dropped it; remove it",
     "rpo_alpha": "TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
     "warmup_ratio": "transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",

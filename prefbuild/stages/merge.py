@@ -3,7 +3,8 @@
 The merged weights are the base's in its own number format, so they are rounded once more than base and adapter
 apart. What is measured is what that rounding did: both are loaded from disk in float32 and compared on fixed prompts.
 Covered: LoRA, rsLoRA and DoRA as PEFT merges them, tied embeddings, and all weights trained in float32 (input `trained`
-instead of `adapter`). Not covered: quantised bases, which PEFT would quantise a second time, and several adapters at once.
+instead of `adapter`). Not covered: quantised bases, which PEFT would quantise a second time, and several adapters at
+once.
 """
 
 import math
@@ -223,7 +224,7 @@ class _Answer:
 
 
 def compare(model: Path, trained: Path, merged: Path, *, full: bool = False) -> Comparison:
-    """Compare base and adapter, or trained weights, with the merged folder, each loaded in float32, one after the other.
+    """Compare base and adapter, or trained weights, with the merged folder, each in float32, one after the other.
 
     StageError when one ties its embeddings and the other does not.
     """

@@ -9,7 +9,10 @@ from prefbuild.rewards.file import verify as verify_rewards
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
-    """Leave the adapter (with use_peft: false all weights), train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
+    """Leave the adapter (with use_peft: false all weights), train.json and DVCLive's curves.
+
+    Goes on from a checkpoint in `work` when there is one.
+    """
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
     from prefbuild.training import trainer
@@ -26,6 +29,6 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         live=outputs["live"].parent,
         work=work,
         name=name,
-        **{role: inputs[role] for role in ("reference",) if role in inputs},
+        **({"reference": inputs["reference"]} if "reference" in inputs else {}),
     )
     write_json(outputs["metrics"], metrics)

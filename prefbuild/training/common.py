@@ -91,7 +91,7 @@ def set_up(settings: TrainOptions, seed: int) -> bool:
 
 
 def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
-    """The model to train, or to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
+    """The model to train, or to train an adapter on; with `quantization: nf4` linear layers, but lm_head, in 4 bits.
 
     What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
     checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
@@ -341,7 +341,7 @@ class Checkpoints(TrainerCallback):
 
 
 def newest_checkpoint(work: Path, use_peft: bool = True) -> Path | None:
-    """The newest checkpoint that is whole; half-written ones are removed. `use_peft`: of an adapter, or of all weights."""
+    """The newest checkpoint that is whole, of an adapter or (`use_peft` false) a model; half-written ones are removed."""
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
             files = set(verify_artifact(folder)["files"])

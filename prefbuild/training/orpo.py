@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation with TRL's ORPOTrainer: a LoRA adapter, or all weights. There is no reference model.
+"""Odds ratio preference optimisation with TRL's ORPOTrainer: a LoRA adapter, or all weights. There is no reference.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """

@@ -1,4 +1,4 @@
-"""Simple preference optimisation with TRL's CPOTrainer: a LoRA adapter, or all weights. There is no reference model.
+"""Simple preference optimisation with TRL's CPOTrainer: a LoRA adapter, or all weights. There is no reference.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
