@@ -341,7 +341,7 @@ class Checkpoints(TrainerCallback):
 
 
 def newest_checkpoint(work: Path, use_peft: bool = True) -> Path | None:
-    """The newest checkpoint that is whole, of an adapter or (`use_peft` false) a model; half-written ones are removed."""
+    """The newest checkpoint that is whole, of an adapter or (`use_peft` false) a model; half-written ones go."""
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
             files = set(verify_artifact(folder)["files"])

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on answers with TRL's SFTTrainer: a LoRA adapter, or all weights. The loss is on answers alone.
+"""Supervised fine-tuning on answers, and their tokens alone, with TRL's SFTTrainer: a LoRA adapter, or all weights.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
