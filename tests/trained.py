@@ -1,19 +1,28 @@
-"""Training of the tiny model on prepared rows that are written here, for tests of every method."""
+"""Training of a model on prepared rows that are written here, for tests of every method."""
 
 import functools
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefbuild.methods import METHODS
+from prefbuild.methods import METHODS, SHAPES
 from prefbuild.template import load_tokenizer, render_prompt
 from prefbuild.training import trainer
 
 ANIMALS = ("cat", "dog", "horse", "cow", "hen", "fish", "goat", "bee")
 BASE = {"name": "test/tiny", "revision": "1234"}
+# What methods on prompts need besides: two prompts a step.
+ON_PROMPTS = {
+    "rewards": [{"reward": "length", "target": 20}],
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "gradient_accumulation_steps": 2,
+}
 
 
 def write_prepared(folder: Path, model: Path, shape: str, train: int = 9, held_out: int = 3) -> Path:
@@ -36,11 +45,12 @@ def train(
 ) -> dict[str, Any]:
     """Train as the train stage does, for four steps unless `settings` say otherwise; returns the metrics.
 
-    `other` is the reference where that is not the base. The adapter, or all weights, are left in folder/adapter, the checkpoints in folder/work.
+    `other` is the reference where that is not the base. The adapter, or all weights, are left in folder/adapter, the
+    checkpoints in folder/work.
     """
     few: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     few |= {"lora": {"r": 4}} if settings.get("use_peft", True) else {}
-    paths = {"reference": other} if other else {}
+    few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
         seed=42,
@@ -51,30 +61,41 @@ def train(
         live=folder / "live",
         work=folder / "work",
         name="test",
-        **paths,
+        **({"reference": other} if other else {}),
     )
     return metrics
 
 
+def train_and_die(step: int, *arguments: Any, **settings: Any) -> None:
+    """The same, killed at the end of a step. Call it in a process of its own."""
+    from prefbuild.training.common import ProgressBar
+
+    def die(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ProgressBar.on_step_end = die  # type: ignore[method-assign]
+    train(*arguments, **settings)
+
+
 def digest(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a trained adapter."""
+    """The sha256 of every file that training left."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "adapter").iterdir()}
 
 
 def _row(tokenizer: Any, shape: str, i: int) -> dict[str, Any]:
     animal = ANIMALS[i % len(ANIMALS)]
     question = f"Are {i} {animal}s many?" + " Say why." * (i % 3)
-    texts = {"prompt": render_prompt(tokenizer, [{"role": "user", "content": question}])}
+    messages = [{"role": "user", "content": question}]
+    texts = {"prompt": render_prompt(tokenizer, messages)}
     good, bad = f"Yes, {i} {animal}s are.<|im_end|>\n", "I am not sure." * (1 + i % 2) + f" Ask {i}.<|im_end|>\n"
-    more: dict[str, Any] = {"label": bool(i % 2)} if shape == "labelled" else {}
     if shape == "pairs":
         texts |= {"chosen": good, "rejected": bad}
-    elif shape == "prompts":
-        more = {"messages": [{"role": "user", "content": question}], "columns": {}}
-    else:
+    elif shape != "prompts":
         texts["completion"] = good if i % 2 else bad
     ids = {f"{part}_ids": tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-    return {"id": str(i), **texts, **ids, **more}
+    more: dict[str, Any] = {"labelled": {"label": bool(i % 2)}, "prompts": {"messages": messages, "columns": {}}}
+    return {"id": str(i), **texts, **ids, **more.get(shape, {})}
 
 
 def log_probs(model: Path, adapter: Path | None, prompt: list[int], answer: list[int]) -> Any:

@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained import answer_log_probs, digest, read_prepared, train, write_prepared
+from trained import answer_log_probs, digest, read_prepared, train, train_and_die, write_prepared
 
 from prefbuild.artifact import read_manifest, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.methods import METHODS, PARTS, SHAPES
 from prefbuild.stages import merge
-from prefbuild.training.common import NEEDED, ProgressBar
+from prefbuild.training.common import NEEDED
 from prefbuild.training.reference import check_tokenizer
 
-PROMPTS = {
-    "rewards": [{"reward": "length", "target": 4}],
-    "num_generations": 2,
-    "max_completion_length": 6,
-}
 # Of GRPO both: with KL a second model is the reference, without it there is none.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "grpo": {**PROMPTS, "beta": 0.1},
-    "rloo": {**PROMPTS, "beta": 0.0},
+    "grpo": {"beta": 0.1},
+    "rloo": {"beta": 0.0},
     "dpo": {"gradient_checkpointing": True},
 }
 
@@ -109,13 +104,7 @@ def test_a_killed_training_of_all_weights_goes_on_to_the_same_bytes(
 ) -> None:
     pid = os.fork()
     if pid == 0:
-
-        def die_at_3(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        ProgressBar.on_step_end = die_at_3  # type: ignore[method-assign]
-        train(tmp_path, "dpo", base, prepared["pairs"], use_peft=False)
+        train_and_die(3, tmp_path, "dpo", base, prepared["pairs"], use_peft=False)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     (checkpoint,) = (tmp_path / "work").glob("checkpoint-*")
