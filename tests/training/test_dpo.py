@@ -215,7 +215,6 @@ def test_what_the_first_step_must_show(
             "f_alpha_divergence_coef: says nothing without f_divergence_type: alpha_div",
         ),
         ({"ld_alpha": 1.5}, "ld_alpha"),
-        ({"reference": "other"}, "reference"),
         ({"warmup_steps": 1.5}, "warmup_steps: is 1.5; give whole steps without a point, or a fraction of all below 1"),
         ({"stop_if": [{"metric": "loss"}]}, "stops nothing; give below or above"),
         ({"stop_if": [{"metric": "loss", "below": 2.0, "above": 1.0}]}, "stops every run; swap them"),
