@@ -3,9 +3,9 @@
     judge(settings, inputs, name) -> the verdict, as gate.json keeps it
 
 A rule holds only when its metric is there, is a finite number, and is this model's. What belongs together is read
-from the manifests: adapter from prepared, base and reward models, merged from adapter and base, evaluation of merged, baseline of
-base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in evaluate/<key>.jsonl.
-Where that breaks, an `artifact` rule says so and no rule holds.
+from the manifests: adapter (or all weights) from prepared, base and reward models, merged from it and base,
+evaluation of merged, baseline of base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the
+samples in evaluate/<key>.jsonl. Where that breaks, an `artifact` rule says so and no rule holds.
 
 A recipe without evaluate (a reward model's) has no `evaluate`, `samples` and `baseline` among its inputs; a rule on
 them fails.
@@ -28,11 +28,22 @@ from prefbuild.errors import StageError
 
 RULES = ("min", "max", "min_delta", "max_drop")
 METRICS = ("prepare", "train", "merge", "evaluate")
-FOLDERS = ("prepared", "adapter", "merged", "samples", "base_model", "baseline")
 # Two sums of the same numbers in another order; far below what any metric can resolve.
 SUM_TOLERANCE = 1e-9
 # 0.8 - 0.7 is not 0.1 in binary: a rule is not failed over the last bit of a number.
 TOLERANCE = 1e-12
+
+
+def trained_role(known: Any) -> str:
+    """The role of what was trained in a build's inputs, a verdict or facts: `adapter`, or `trained` for all weights."""
+    return "trained" if "trained" in known else "adapter"
+
+
+def folders(inputs: dict[str, Any]) -> tuple[str, ...]:
+    """The roles of the folders that a verdict rests on."""
+    reference = ("reference",) if "reference" in inputs else ()
+    roles = ("prepared", trained_role(inputs), "merged", "samples", "base_model", "baseline", *reference)
+    return tuple(role for role in roles if role in inputs)  # a reward model has no samples and baseline
 
 
 class _Unfit(Exception):
@@ -85,7 +96,7 @@ def judge(settings: dict[str, Any], inputs: dict[str, Any], name: str, root: Pat
         "recipe": name,
         "passed": all(rule["passed"] for rule in rules),
         "artifact": build.digest("merged"),
-        "adapter": build.digest("adapter"),
+        trained_role(inputs): build.digest(trained_role(inputs)),
         "judged": judged,
         "rules": rules,
     }
@@ -94,11 +105,6 @@ def judge(settings: dict[str, Any], inputs: dict[str, Any], name: str, root: Pat
 def metric_stages(inputs: dict[str, Any]) -> list[str]:
     """The stages whose metrics a recipe's gates judge: those of METRICS that it has."""
     return [stage for stage in METRICS if stage in inputs]
-
-
-def folder_roles(inputs: dict[str, Any]) -> list[str]:
-    """The roles of FOLDERS that a recipe has."""
-    return [role for role in FOLDERS if role in inputs]
 
 
 def titles(measurements: list[dict[str, Any]]) -> dict[str, str]:
@@ -142,7 +148,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             build.metrics[stage] = metrics
         except StageError as error:
             build.problems.append(build.say(error))
-    for role in folder_roles(build.inputs):
+    for role in folders(build.inputs):
         # The folders whose files are read below are hashed; the weights' own bytes are promote's to hash.
         read = verify_artifact if role in ("prepared", "samples") else read_manifest
         judged[build.inputs[role]] = None
@@ -152,7 +158,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             # A broken baseline fails the rules that compare with it, no others.
             if role != "baseline":
                 build.problems.append(build.say(error))
-    for path in [build.inputs[role] for role in folder_roles(build.inputs)] + list(build.inputs.get("others", [])):
+    for path in [build.inputs[role] for role in folders(build.inputs)] + list(build.inputs.get("others", [])):
         try:
             judged[path] = input_digest(build.root / path) if (build.root / path).exists() else None
             judged[f"{path}/{MANIFEST}"] = "sha256:" + sha256_file(build.root / path / MANIFEST)
@@ -163,16 +169,18 @@ def _read(build: _Build) -> dict[str, str | None]:
 
 def _check_chain(build: _Build) -> None:
     """Every artifact was made from the one before it, and is this recipe's."""
-    for role, stage in (("prepared", "prepare"), ("adapter", "train"), ("merged", "merge"), ("samples", "evaluate")):
+    trained = trained_role(build.inputs)
+    for role, stage in (("prepared", "prepare"), (trained, "train"), ("merged", "merge"), ("samples", "evaluate")):
         manifest = build.manifests.get(role)
         if manifest is not None and (manifest.get("stage"), manifest.get("name")) != (stage, build.name):
             made = f"{manifest.get('stage')} of {manifest.get('name')}"
             build.problems.append(f"{build.inputs[role]}: is {made}, not {stage} of {build.name}")
     for role, source, key in (
         ("prepared", "base_model", "model"),
-        ("adapter", "prepared", "prepared"),
-        ("adapter", "base_model", "model"),
-        ("merged", "adapter", "adapter"),
+        (trained, "prepared", "prepared"),
+        (trained, "base_model", "model"),
+        (trained, "reference", "reference"),
+        ("merged", trained, trained),
         ("merged", "base_model", "model"),
         ("samples", "merged", "model"),
     ):
@@ -184,16 +192,16 @@ def _check_chain(build: _Build) -> None:
                 f"{build.inputs[role]}: was made from {key} {_short(made_from)}, but {build.inputs[source]} is "
                 f"{_short(build.digest(source))}: stale, run `dvc repro`"
             )
-    asked = (build.manifests.get("adapter", {}).get("inputs") or {}).get("reward_models", {})
+    asked = (build.manifests.get(trained, {}).get("inputs") or {}).get("reward_models", {})
     for path in build.inputs.get("reward_models", []):
         try:
             now = read_manifest(build.root / path)["digest"]
         except StageError as error:
             build.problems.append(build.say(error))
             continue
-        if "adapter" in build.manifests and asked.get(path) != now:
+        if trained in build.manifests and asked.get(path) != now:
             build.problems.append(
-                f"{build.inputs['adapter']}: was trained by reward model {_short(asked.get(path))}, but {path} is "
+                f"{build.inputs[trained]}: was trained by reward model {_short(asked.get(path))}, but {path} is "
                 f"{_short(now)}: stale, run `dvc repro`"
             )
 

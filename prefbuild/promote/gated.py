@@ -13,7 +13,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, read_json, sha256_file, verify_artifact
 from prefbuild.errors import PromotionRefused, StageError
-from prefbuild.gates import folder_roles, judge, metric_stages
+from prefbuild.gates import folders, judge, metric_stages
 from prefbuild.pipeline import RECIPE_STAGES
 from prefbuild.recipe import known_recipes
 from prefbuild.resolve import load_project, resolve, resolved_path
@@ -53,10 +53,10 @@ def verified_gate(root: Path, name: str, resolved: dict[str, Any]) -> dict[str, 
     if gate.get("passed") is not True:
         failed = [rule["says"] for rule in gate.get("rules", []) if not rule["passed"]]
         raise PromotionRefused(f"{path}: {name} failed its gates:\n  " + "\n  ".join(failed))
-    folders = [inputs[role] for role in folder_roles(inputs)] + inputs["others"]
-    for file in [inputs[stage] for stage in metric_stages(inputs)] + [f"{folder}/{MANIFEST}" for folder in folders]:
+    judged = [inputs[role] for role in folders(inputs)] + inputs["others"]
+    for file in [inputs[stage] for stage in metric_stages(inputs)] + [f"{folder}/{MANIFEST}" for folder in judged]:
         _check_digest(root, file, gate.get("judged", {}).get(file), path)
-    for folder in folders:
+    for folder in judged:
         try:
             verify_artifact(root / folder)
         except StageError as error:

@@ -18,7 +18,7 @@ from prefbuild.training.common import (
     newest_checkpoint,
     read_ids,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
@@ -40,7 +40,7 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
@@ -87,7 +87,7 @@ def train(
     held_out_rows = read_rows(prepared / "held_out.jsonl")
 
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = TokenizedRewardTrainer(
         model=make(model, seed, **model_options(settings, bf16, whole=[HEAD])),
         args=arguments,
@@ -108,7 +108,7 @@ def train(
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     shown = ("loss", "accuracy", "margin")
     return {
         **shared_metrics(trainer, result, history, bf16),
