@@ -102,8 +102,8 @@ def repro(project: Path) -> set[str]:
             ran.append((found[1], time.monotonic()))
     if process.wait():
         sys.exit("".join(lines))
-    ends = [*(began for _, began in ran[1:]), time.monotonic()]
-    for (stage, began), end in zip(ran, ends, strict=True):
+    ends = [began for _, began in ran[1:]] + [time.monotonic()]
+    for (stage, began), end in zip(ran, ends, strict=False):  # when nothing ran there is an end alone
         print(f"{end - began:6.1f} s  {stage}")
     print(f"{time.monotonic() - start:6.1f} s  dvc repro, {len(ran)} stages", flush=True)
     return {stage for stage, _ in ran}
