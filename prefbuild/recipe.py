@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Tracker, Train, train_metrics
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -604,6 +604,7 @@ class TrainDefaults(Strict):
     deterministic: bool | None = Field(default=None, description="See train in a recipe.")
     logging_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
     save_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
+    report_to: list[Tracker] | None = Field(default=None, description="See train in a recipe.")
 
 
 class Defaults(Strict):
@@ -861,6 +862,9 @@ OTHER_KEYS = {
     "wd": "train.weight_decay",
     "grad_clip": "train.max_grad_norm",
     "gradient_clipping": "train.max_grad_norm",
+    "logger": "train.report_to",
+    "loggers": "train.report_to",
+    "tracking": "train.report_to",
     "full_determinism": "train.deterministic",
     "mixed_precision": "train.precision",
     "peft": "train.lora",
@@ -950,7 +954,6 @@ NOT_HERE = {
     "qlora": _QUANTISED,
     "use_peft": "an adapter is always trained; remove it, and see train.lora",
     "use_lora": "an adapter is always trained; remove it, and see train.lora",
-    "report_to": "metrics go to DVCLive; remove it",
     "run_name": "a run is named by its recipe; remove it",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
@@ -986,6 +989,9 @@ OTHER_VALUES = {
     ("precision", "bfloat16"): "did you mean bf16?",
     **{("precision", name): "did you mean float32?" for name in ("fp32", "32", "no")},
     **{("precision", name): "float16 overflows; did you mean bf16?" for name in ("fp16", "float16", "16")},
+    ("report_to", "dvclive"): "DVCLive always has the curves, leave it out",
+    ("report_to", "none"): "leave the key out, or write []",
+    ("report_to", "all"): "name them",
     ("optim", "adamw"): "did you mean adamw_torch?",
     ("optim", "adam"): "did you mean adamw_torch?",
     ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",
