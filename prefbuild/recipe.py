@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Tracker, Train, train_metrics
+from prefbuild.methods import GRPO, PARTS, RLOO, SHAPES, TRAIN_METRICS, Tracker, Train, train_metrics
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -576,7 +576,7 @@ def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
 
 
 def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
-    """Gates on numbers that no prepare, train or merge stage of the method writes."""
+    """Gates on numbers that no prepare, train or merge stage of the method writes, or not with these settings."""
     known = metrics(SHAPES[train.method], train, sampled=data.sampled)
     for i, gate in enumerate(gates):
         stage, _, key = gate.metric.partition(".")
@@ -587,6 +587,19 @@ def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tu
                 f"{show(gate.metric)} is no metric{f' of {train.method}' * elsewhere}; "
                 f"{_did_you_mean(key, known[stage], prefix=stage + '.')}",
             )
+        elif stage == "train" and (never := _never_measured(key, train, data)):
+            yield ("gates", i, "metric"), f"{show(gate.metric)} is never measured: {never}, or remove the gate"
+
+
+def _never_measured(key: str, train: Train, data: Data) -> str:
+    """Why train.json lacks a metric of the method with these settings, and what to change; empty when it has it."""
+    if key == "kl" and isinstance(train, GRPO | RLOO) and train.beta == 0:
+        return "train.beta is 0, where no KL is computed; give beta"
+    # Methods on prompts write the answers to held-out prompts before training too.
+    of_held_out = ("held_out.", "step_0.") if SHAPES[train.method] == "prompts" else ("held_out.",)
+    if key.startswith(of_held_out) and data.held_out == 0:
+        return "data.held_out is 0, so there is nothing to measure on; give held_out, as in 0.05"
+    return ""
 
 
 class EvaluateDefaults(Strict):
