@@ -72,17 +72,17 @@ def build(
     """
     files = _context_files(root, role)
     dockerfile = files[f"{role}.Dockerfile"]
+    if tracking and not TRACKING.search(dockerfile.read_text(encoding="utf-8")):
+        raise UsageError(
+            f"{_shown(dockerfile, root)}: takes no --tracking; write `ARG TRACKING=`, and install "
+            "requirements-tracking.txt where that is not empty, as cpu.Dockerfile does"
+        )
     before = read_lock(root)["images"].get(role)
     client = connect()
     print(f"building image {role} from {_shown(dockerfile, root)}")
     labels = {"prefbuild.role": role, "prefbuild.version": __version__, "prefbuild.code": code_digest()}
     arguments = {}
     if tracking:
-        if not TRACKING.search(dockerfile.read_text(encoding="utf-8")):
-            raise UsageError(
-                f"{_shown(dockerfile, root)}: takes no --tracking; write `ARG TRACKING=` and install "
-                "requirements-tracking.txt where it is set, as cpu.Dockerfile does"
-            )
         arguments["TRACKING"] = labels["prefbuild.tracking"] = "yes"
     reference = _base(dockerfile, root, base)
     if reference is not None:

@@ -101,6 +101,14 @@ def test_the_same_files_give_the_same_context_whatever_their_times_and_owners(ro
     assert image._context(image._context_files(root, "small")).read() != first
 
 
+def test_tracking_is_for_dockerfiles_that_take_it(root: Path) -> None:
+    write_role(root, "small", SMALL)
+    with pytest.raises(UsageError, match=r"containers/small.Dockerfile: takes no --tracking; write `ARG TRACKING=`"):
+        image.build(root, "small", tracking=True)
+    for role in ("cpu", "cuda"):
+        assert image.TRACKING.search((ROOT / f"containers/{role}.Dockerfile").read_text())
+
+
 def test_a_projects_file_takes_the_place_of_the_shipped_one(root: Path) -> None:
     write_role(root, "cpu", SMALL)
     files = image._context_files(root, "cpu")
