@@ -126,9 +126,9 @@ def test_recipes_on_each_others_models_build_in_a_chain_and_a_change_reruns_what
     (project / "recipes/last.yaml").write_text(last.replace("  max_length: 96\n", ""))
     run(project, "prefbuild", "lock")
     run(project, "prefbuild", "sync")
-    of_last = {f"{stage} last" for stage in OF_A_RECIPE}
-    stages = repro(project)
-    assert stages == {"resolve", "report", "baseline"} | {f"{stage} child" for stage in OF_A_RECIPE} | of_last
+    # Models alone, for the sake of time; benchmarks/chain.py builds and changes a whole chain.
+    first_time = {f"{stage} {name}" for name in ("child", "last") for stage in ("prepare", "train", "merge")}
+    assert repro(project, "pipelines/last/dvc.yaml:merge") == {"resolve"} | first_time
     for name, before in (("child", "first"), ("last", "child")):
         config = json.loads((project / f"build/{name}/adapter/adapter_config.json").read_text())
         manifest = json.loads((project / f"build/{before}/merged/manifest.json").read_text())
@@ -139,13 +139,8 @@ def test_recipes_on_each_others_models_build_in_a_chain_and_a_change_reruns_what
     assert ".tracking" not in git(project, "status", "--porcelain", "--untracked-files=all")
 
     edit(project, "child", "1.0e-3", "3.0e-3")
-    assert repro(project, "pipelines/last/dvc.yaml:train") == {
-        *("resolve", "train child", "merge child", "prepare last", "train last")
-    }
-    # What is left to do, as far as files tell by now: benchmarks/chain.py does all of it.
-    left = repro(project, "--dry")
-    assert {"evaluate child", "gate child", "baseline", "merge last", "gate last", "report"} <= left
-    assert not any(stage.endswith(" first") for stage in left)
+    again = repro(project, "pipelines/last/dvc.yaml:merge")
+    assert again == {"resolve"} | first_time - {"prepare child"}  # which reads no learning rate
 
 
 def test_keep_going_builds_the_second_though_the_first_fails(project: Path) -> None:

@@ -138,7 +138,8 @@ class WandB:
         scratch = Path(os.environ.get("PREFBUILD_WORK") or folder, ".wandb").resolve()
         for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             os.environ[f"WANDB_{kind}_DIR"] = str(scratch)
-        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_CODE": "true", "WANDB_DISABLE_GIT": "true"}
+        # Silent: TRL asks for the address of the run at each checkpoint, and wandb warns that it has none.
+        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
         import wandb
 
         self.id = id or secrets.token_hex(4)
@@ -177,11 +178,11 @@ class MLflow:
 
     def __init__(self, folder: Path, id: str | None, config: dict[str, Any], step: int):
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        for logger in ("mlflow", "alembic"):
-            logging.getLogger(logger).setLevel(logging.WARNING)
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
+        for logger in ("mlflow", "alembic"):  # importing mlflow sets its own
+            logging.getLogger(logger).setLevel(logging.WARNING)
         where = (folder / "mlflow").resolve()
         where.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(tracking_uri=f"sqlite:///{where}/mlflow.db")
