@@ -20,6 +20,8 @@ from typing import Any
 from prefbuild.artifact import input_digest, write_manifest
 from prefbuild.errors import PrefbuildError, StageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
+from prefbuild.machine import leave_out_bitsandbytes
+from prefbuild.methods import needs_bitsandbytes
 from prefbuild.resolve import STAGE_VERSIONS
 from prefbuild.stages import STAGES
 
@@ -71,6 +73,8 @@ def run_stage(stage: str, name: str) -> None:
     outputs = {role: out / path for role, path in section["outputs"].items()}
     work = Path(os.environ.get("PREFBUILD_WORK") or make_job(stage, name).work)
     started = time.monotonic()
+    if not needs_bitsandbytes(section["settings"].get("train")):
+        leave_out_bitsandbytes()
     run = importlib.import_module(STAGES[stage]).run
     run(section["settings"], inputs, outputs, work, name)
     missing = [section["outputs"][role] for role, path in outputs.items() if not path.exists()]
