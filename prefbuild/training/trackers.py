@@ -21,6 +21,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefbuild.artifact import write_json
+from prefbuild.errors import StageError
 from prefbuild.track import PROJECT, asked_for
 
 Points = dict[str, float]
@@ -63,7 +64,13 @@ class Tracking(TrainerCallback):
         note = Path(str(args.output_dir), "tracking.json")
         ids: dict[str, str] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         for name in self.report_to:
-            tracker = TRACKERS[name](self.folder, ids.get(name), self.config, state.global_step)
+            try:
+                tracker = TRACKERS[name](self.folder, ids.get(name), self.config, state.global_step)
+            except Exception as error:
+                raise StageError(
+                    f"train.report_to: {name} can't go on in {self.folder / name} ({type(error).__name__}: "
+                    f"{_first_line(error)}); move that folder away, or leave {name} out of report_to"
+                ) from error
             self.running[name] = tracker
             ids[name] = tracker.id
             write_json(note, ids)
@@ -84,7 +91,7 @@ class Tracking(TrainerCallback):
             except Exception as error:  # a database that is locked must not end a training of hours
                 del self.running[name]
                 print(
-                    f"tracking with {name} ended at step {state.global_step}: {type(error).__name__}: {error}; "
+                    f"tracking with {name} ended at step {state.global_step}: {type(error).__name__}: {_first_line(error)}; "
                     "DVCLive goes on",
                     file=sys.stderr,
                 )
@@ -254,6 +261,10 @@ def _host_name(name: str) -> Any:
         yield
     finally:
         socket.gethostname = own
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:

@@ -17,6 +17,7 @@ from prefbuild.methods import Tracker
 from prefbuild.stages import train as stage
 from prefbuild.track import send, track
 from prefbuild.training.common import ProgressBar
+from prefbuild.training.trackers import Tracking
 
 Curves = dict[str, list[tuple[int, float]]]
 ALL: tuple[str, ...] = Tracker.__args__  # type: ignore[attr-defined]
@@ -152,6 +153,28 @@ def test_nothing_tracked_and_nothing_installed_are_said(
         track(NAME)
     with pytest.raises(UsageError, match="nothing to send; train with report_to"):
         send(NAME)
+
+
+def test_a_store_that_breaks_ends_its_tracker_and_not_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path / "work"), use_cpu=True)
+    state, control = TrainerState(), TrainerControl()
+    tracking = Tracking(["mlflow", "tensorboard"], tmp_path / NAME, {"method": "sft"})
+    tracking.on_train_begin(arguments, state, control)
+    store = tmp_path / NAME / "mlflow/mlflow.db"
+    store.write_text("no database any more" * 1000)
+    state.global_step = 1
+    tracking.on_log(arguments, state, control, logs={"loss": 0.5})
+    assert "tracking with mlflow ended at step 1: MlflowException" in capsys.readouterr().err
+    tracking.on_train_end(arguments, state, control)
+    (events,) = (tmp_path / NAME / "tensorboard").rglob("events*")
+    assert b"train/loss" in events.read_bytes()
+    says = rf"train.report_to: mlflow can't go on in {tmp_path}/{NAME}/mlflow \(.*\); move that folder away, or leave"
+    with pytest.raises(StageError, match=says):
+        tracking.on_train_begin(arguments, state, control)
 
 
 # ---- readers: curves, the run's name, its config
