@@ -1,4 +1,4 @@
-"""Train an adapter on prepared rows, by the recipe's method."""
+"""Train an adapter, or all weights, on prepared rows, by the recipe's method."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,10 @@ from prefbuild.track import asked_for, check_installed
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
-    """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
+    """Leave the adapter (with use_peft: false all weights), train.json and DVCLive's curves.
+
+    Goes on from a checkpoint in `work` when there is one.
+    """
     check_installed(asked_for())
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
@@ -24,9 +27,10 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         base=base,
         model=inputs["model"],
         prepared=inputs["prepared"],
-        adapter=outputs["adapter"],
+        trained=outputs["adapter" if "adapter" in outputs else "trained"],
         live=outputs["live"].parent,
         work=work,
         name=name,
+        **({"reference": inputs["reference"]} if "reference" in inputs else {}),
     )
     write_json(outputs["metrics"], metrics)
