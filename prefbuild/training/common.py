@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import StopRule, TrainOptions
+from prefbuild.methods import StopRule, TrainOptions, train_settings
 from prefbuild.training.trackers import curve_points, trackers
 
 NEEDED = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
@@ -135,7 +135,7 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Health(settings))
-    for tracking in trackers(settings.model_dump(mode="json", by_alias=True)):
+    for tracking in trackers(train_settings(settings)):
         trainer.add_callback(tracking)
     if checkpoint and settings.use_peft:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
