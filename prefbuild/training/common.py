@@ -20,7 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import StopRule, TrainOptions
+from prefbuild.methods import StopRule, TrainOptions, train_settings
+from prefbuild.training.trackers import curve_points, trackers
 
 NEEDED = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 # And one of these, by use_peft: a model of more than 50 GB is saved in several files, with an index.
@@ -141,6 +142,8 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Health(settings))
+    for tracking in trackers(train_settings(settings)):
+        trainer.add_callback(tracking)
     if checkpoint and settings.use_peft:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
         trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
@@ -235,9 +238,8 @@ class Curves(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.live.step = state.global_step
-        for key, value in (logs or {}).items():
-            if isinstance(value, int | float) and not key.startswith("eval_") and key not in ("epoch", "total_flos"):
-                self.live.log_metric(f"train/{key}", value)
+        for key, value in curve_points(logs or {}).items():
+            self.live.log_metric(key, value)
         self.live.sync()
 
     def on_train_end(
