@@ -12,7 +12,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
-    from prefbuild.training import trainer
+    from prefbuild.training import ranks, trainer
 
     base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
     method = settings["train"]["method"]
@@ -27,4 +27,6 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         work=work,
         name=name,
     )
-    write_json(outputs["metrics"], metrics)
+    if ranks.is_main():
+        write_json(outputs["metrics"], metrics)
+    ranks.leave()

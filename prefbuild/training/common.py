@@ -21,8 +21,15 @@ from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, wr
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
 from prefbuild.methods import StopRule, TrainOptions
+from prefbuild.training import ranks
 
-NEEDED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+# Where a checkpoint has weights and optimizer, by how several processes share them (prefbuild/launch.py).
+STATE = {
+    None: {"adapter_model.safetensors", "optimizer.pt"},
+    "ddp": {"adapter_model.safetensors", "optimizer.pt"},
+    "fsdp": {"pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"},
+    "zero3": {"latest"},
+}
 
 NUM_POINTS_TO_APPEAR = 5  # logged points by which a metric that stop_if names must have come
 
@@ -49,9 +56,8 @@ def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: 
         warmup_steps=settings.warmup_steps,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
         per_device_eval_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        **ranks.rank_arguments(settings, bf16),
         gradient_checkpointing=settings.gradient_checkpointing,
         optim=settings.optim,
         weight_decay=settings.weight_decay,
@@ -125,6 +131,8 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Health(settings))
+    if ranks.num_ranks() > 1:
+        share_work(trainer)
     if checkpoint:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
         trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
@@ -134,6 +142,34 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     refuse_no_number(result.training_loss, settings)
     return result, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def share_work(trainer: Any) -> None:
+    """What Trainer must do otherwise when several processes train."""
+    import torch
+    from accelerate.data_loader import prepare_data_loader
+
+    accelerator, evaluate = trainer.accelerator, trainer.evaluate
+
+    def evaluate_whole(*arguments: Any, **named: Any) -> Any:
+        # Shared out, rows would be counted twice where the ranks can't have as many each. So each rank takes them all, as
+        # one process does, and there is nothing to gather.
+        accelerator.prepare = functools.partial(
+            prepare_data_loader, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        accelerator.gather = lambda tensor: tensor
+        try:
+            return evaluate(*arguments, **named)
+        finally:
+            del accelerator.prepare, accelerator.gather
+
+    trainer.evaluate = evaluate_whole
+    if ranks.strategy() == "fsdp" and trainer.args.bf16:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Accelerate would add up gradients in bf16; DDP and a single GPU do in float32.
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def refuse_no_number(loss: float, settings: TrainOptions) -> None:
@@ -181,8 +217,10 @@ def machine() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     image = {"image": os.environ["PREFBUILD_IMAGE"]} if "PREFBUILD_IMAGE" in os.environ else {}
+    together = {"ranks": f"{ranks.num_ranks()} ({ranks.strategy()})"} if ranks.num_ranks() > 1 else {}
     return {
         **image,
+        **together,
         "device": torch.cuda.get_device_name()
         if cuda
         else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
@@ -199,6 +237,8 @@ class Curves(TrainerCallback):
     """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
 
     def __init__(self, folder: Path, resume_from: Path | None):
+        if not ranks.is_main():
+            return
         from dvclive import Live, live
 
         # DVCLive only draws the curves here: the stage is DVC's already, and a repository without a commit, or a
@@ -217,6 +257,8 @@ class Curves(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not ranks.is_main():
+            return
         self.live.step = state.global_step
         for key, value in (logs or {}).items():
             if isinstance(value, int | float) and not key.startswith("eval_") and key not in ("epoch", "total_flos"):
@@ -226,7 +268,8 @@ class Curves(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.live.end()
+        if ranks.is_main():
+            self.live.end()
 
 
 class ProgressBar(TrainerCallback):
@@ -325,16 +368,22 @@ class Checkpoints(TrainerCallback):
         self.live = live
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        shutil.copytree(self.live, folder / "live", dirs_exist_ok=True)
-        write_manifest(folder, stage="train", name="checkpoint", inputs={})
+        ranks.wait()  # each rank has written its part
+        if ranks.is_main():
+            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            shutil.copytree(self.live, folder / "live", dirs_exist_ok=True)
+            write_manifest(folder, stage="train", name="checkpoint", inputs={})
 
 
 def newest_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that is whole; half-written ones are removed."""
+    return ranks.from_main(lambda: _newest_checkpoint(work))
+
+
+def _newest_checkpoint(work: Path) -> Path | None:
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
-            missing = NEEDED - set(verify_artifact(folder)["files"])
+            missing = needed_files() - set(verify_artifact(folder)["files"])
             if missing:
                 raise StageError(f"{folder}: lacks {', '.join(sorted(missing))}")
         except StageError as error:
@@ -346,13 +395,23 @@ def newest_checkpoint(work: Path) -> Path | None:
     return None
 
 
+def needed_files() -> set[str]:
+    """The files that a checkpoint must have to go on from it."""
+    num = ranks.num_ranks()
+    random_states = {"rng_state.pth"} if num == 1 else {f"rng_state_{rank}.pth" for rank in range(num)}
+    return STATE[ranks.strategy()] | random_states | {"scheduler.pt", "trainer_state.json"}
+
+
 def save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
     """Save a PEFT model's adapter as safetensors, its config naming base and revision, byte for byte the same each time."""
+    weights = ranks.whole_weights(model)
+    if not ranks.is_main():
+        return
     config = model.peft_config["default"]
     config.base_model_name_or_path = base["name"]
     config.revision = base["revision"]
     # "auto" would ask the hub whether the base's vocabulary was resized; DPO never resizes it.
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
     for extra in ("README.md", "training_args.bin"):
         (folder / extra).unlink(missing_ok=True)
     path = folder / "adapter_config.json"

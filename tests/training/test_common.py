@@ -7,13 +7,13 @@ from trained import train, write_prepared
 
 from prefbuild.artifact import write_manifest
 from prefbuild.methods import METHODS, SHAPES
-from prefbuild.training.common import NEEDED, newest_checkpoint
+from prefbuild.training.common import needed_files, newest_checkpoint
 
 
 def checkpoint(work: Path, step: int) -> Path:
     folder = work / f"checkpoint-{step}"
     folder.mkdir()
-    for name in NEEDED:
+    for name in needed_files():
         (folder / name).write_text(f"{name} {step}")
     write_manifest(folder, stage="train", name="checkpoint", inputs={})
     return folder
@@ -29,7 +29,7 @@ def test_none_is_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", sorted(NEEDED))
+@pytest.mark.parametrize("name", sorted(needed_files()))
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
     whole = checkpoint(tmp_path, 2)
@@ -44,7 +44,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path: Path, nam
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-@pytest.mark.parametrize("name", sorted(NEEDED))
+@pytest.mark.parametrize("name", sorted(needed_files()))
 def test_a_manifest_without_a_needed_file_does_not_count(tmp_path: Path, name: str) -> None:
     folder = checkpoint(tmp_path, 4)
     (folder / name).unlink()

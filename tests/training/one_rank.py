@@ -1,0 +1,52 @@
+"""One rank of a training that a test launches: `python one_rank.py '<arguments of trained.train, as JSON>'`.
+
+With the strategy fsdp the two processes of a test shard their model on the CPU, which accelerate otherwise does on
+accelerators alone: it is told that these are some.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from prefbuild.launch import record_failure
+from prefbuild.training import ranks
+from prefbuild.worker import die_with_parent
+
+
+def shard_on_the_cpu() -> None:
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    prepare = accelerate.state.PartialState._prepare_backend
+
+    def as_if_gpus(self: accelerate.state.PartialState, *arguments: object, **named: object) -> tuple[str, object]:
+        backend, _ = prepare(self, *arguments, **named)  # type: ignore[arg-type]
+        return backend, DistributedType.MULTI_NEURON
+
+    accelerate.state.PartialState._prepare_backend = as_if_gpus  # type: ignore[assignment, method-assign]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
+def main() -> None:
+    import torch.distributed
+    from trained import train
+
+    asked = json.loads(sys.argv[1])
+    if ranks.strategy() == "fsdp":
+        torch.distributed.init_process_group("gloo")
+        shard_on_the_cpu()
+    folder, model, prepared = (Path(asked.pop(key)) for key in ("folder", "model", "prepared"))
+    metrics = train(folder, asked.pop("method"), model, prepared, **asked)
+    (folder / f"metrics-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    try:
+        main()
+    except Exception as error:
+        record_failure(error, None, 7)
