@@ -1,4 +1,6 @@
-"""One rank of a training that a test launches: `python one_rank.py '<arguments of trained.train, as JSON>'`.
+"""One rank of trainings that a test launches: `python one_rank.py '[<arguments of trained.train>, ...]'`, in JSON.
+
+They run one after another, because a process takes seconds to import what it needs.
 
 With the strategy fsdp the two processes of a test shard their model on the CPU, which accelerate otherwise does on
 accelerators alone: it is told that these are some.
@@ -34,13 +36,13 @@ def main() -> None:
     import torch.distributed
     from trained import train
 
-    asked = json.loads(sys.argv[1])
     if ranks.strategy() == "fsdp":
         torch.distributed.init_process_group("gloo")
         shard_on_the_cpu()
-    folder, model, prepared = (Path(asked.pop(key)) for key in ("folder", "model", "prepared"))
-    metrics = train(folder, asked.pop("method"), model, prepared, **asked)
-    (folder / f"metrics-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
+    for asked in json.loads(sys.argv[1]):
+        folder, model, prepared = (Path(asked.pop(key)) for key in ("folder", "model", "prepared"))
+        metrics = train(folder, asked.pop("method"), model, prepared, **asked)
+        (folder / f"metrics-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
     ranks.leave()
 
 
