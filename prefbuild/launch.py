@@ -23,6 +23,10 @@ GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 POLL = 0.05  # seconds
 RECORDS = "PREFBUILD_RANKS"  # the folder where ranks say why they failed
 STRATEGY = "PREFBUILD_STRATEGY"
+INSTALL_DEEPSPEED = (
+    "install it with `pip install 'prefbuild[deepspeed]'` (in the image too: it compiles with the CUDA toolkit), "
+    "or write compute.strategy: fsdp"
+)
 LOOPBACK = "127.0.0.1"
 # One machine: ranks meet over loopback, all there is in a container. Multicast through the NVLink switch is left off:
 # it needs device nodes that containers and rented machines often lack, and NCCL then hangs or fails at its start.

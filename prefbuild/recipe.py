@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, train_metrics
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, split_batch, train_metrics
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -384,7 +384,15 @@ class Compute(Strict):
     """What a recipe's stages get. GPUs and image change results; the limits do not, and a change of them runs nothing again."""
 
     gpus: int = Field(
-        default=0, ge=0, le=1, description="GPUs to train, merge and evaluate on. 0 is the CPU, even beside a GPU."
+        default=0,
+        ge=0,
+        le=16,
+        description="GPUs to train on; merge and evaluate take one of them. 0 is the CPU, even beside a GPU.",
+    )
+    strategy: Literal["ddp", "fsdp", "zero3"] | None = Field(
+        default=None,
+        description="How several GPUs train together. ddp: each has the whole model. fsdp: each has a part of its "
+        "weights. zero3: the same, by DeepSpeed. Default: ddp.",
     )
     gpu_memory: Size | None = Field(
         default=None, description="Memory that each GPU must have, as in 24GiB. 5 % less will do: cards differ."
@@ -529,7 +537,12 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _suits_its_method(self) -> "Recipe":
-        if problems := [*_data_problems(self.data, self.train), *_metric_problems(self.gates, self.train, self.data)]:
+        problems = [
+            *_data_problems(self.data, self.train),
+            *_metric_problems(self.gates, self.train, self.data),
+            *_compute_problems(self.compute, self.train),
+        ]
+        if problems:
             raise Wrongs(problems)
         return self
 
@@ -573,6 +586,32 @@ def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
                 f"says nothing to {method}, which trains on prompts and writes the answers itself; remove it: "
                 "max_prompt_length limits prompts",
             )
+
+
+def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str]]:
+    """What several GPUs can't do with these settings."""
+    if compute.gpus <= 1:
+        if compute.strategy is not None:
+            yield ("compute", "strategy"), f"says nothing with {compute.gpus} GPU{'s' * (not compute.gpus)}; remove it"
+        return
+    try:
+        split_batch(train, compute.gpus)
+    except Wrong as wrong:
+        yield ("compute", wrong.key), str(wrong)
+    if compute.strategy in (None, "ddp"):
+        return
+    if train.quantization is not None:
+        yield (
+            ("train", "quantization"),
+            f"can't be spread over GPUs by {compute.strategy}; remove it (each GPU has a part of the weights anyway), "
+            "or write compute.strategy: ddp",
+        )
+    if not train.optim.startswith("adamw_torch") and train.optim != "sgd":
+        yield (
+            ("train", "optim"),
+            f"is {train.optim}, bitsandbytes' own, which can't update weights that {compute.strategy} spreads over GPUs; "
+            "write adamw_torch",
+        )
 
 
 def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
@@ -723,7 +762,11 @@ def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
         if isinstance(data.get(section), dict):
             data[section] = inherited.model_dump(exclude_none=True) | data[section]
     if isinstance(data.setdefault("compute", {}), dict):
-        data["compute"] = defaults.compute.model_dump(exclude_unset=True) | data["compute"]
+        own = data["compute"]
+        data["compute"] = defaults.compute.model_dump(exclude_unset=True) | own
+        # A recipe for one GPU need not undo what others inherit.
+        if "strategy" not in own and data["compute"].get("gpus") in (0, 1):
+            data["compute"].pop("strategy", None)
     return data
 
 
@@ -904,6 +947,8 @@ OTHER_KEYS = {
     "hardware": "compute",
     "gpu": "compute.gpus",
     "num_gpus": "compute.gpus",
+    "num_processes": "compute.gpus",
+    "nproc_per_node": "compute.gpus",
     "n_gpus": "compute.gpus",
     "gpu_count": "compute.gpus",
     "vram": "compute.gpu_memory",
@@ -954,8 +999,10 @@ NOT_HERE = {
     "run_name": "a run is named by its recipe; remove it",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
-    "deepspeed": "training on several devices does not exist here yet; remove it",
-    "fsdp": "training on several devices does not exist here yet; remove it",
+    "deepspeed": "write compute: {gpus: 2, strategy: zero3}, with as many GPUs as there are",
+    "fsdp": "write compute: {gpus: 2, strategy: fsdp}, with as many GPUs as there are",
+    "fsdp_config": "write compute: {gpus: 2, strategy: fsdp}, with as many GPUs as there are",
+    "ddp": "write compute: {gpus: 2}, with as many GPUs as there are; ddp is the default strategy",
     "runner": "a recipe does not say what runs it; remove it, and see --runner of prefbuild build",
     "eval_steps": "the held-out rows are measured at the end; remove it",
     "eval_strategy": "the held-out rows are measured at the end; remove it",
@@ -990,6 +1037,9 @@ OTHER_VALUES = {
     ("optim", "adam"): "did you mean adamw_torch?",
     ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",
     ("optim", "paged_adamw"): "did you mean paged_adamw_32bit?",
+    **{("strategy", name): "did you mean zero3?" for name in ("deepspeed", "zero", "zero-3", "zero_3", "zero2")},
+    **{("strategy", name): "did you mean fsdp?" for name in ("fsdp2", "full_shard", "shard")},
+    **{("strategy", name): "did you mean ddp?" for name in ("dp", "data_parallel", "distributed")},
     **{("to", name): "write to: hub" for name in ("hf", "huggingface", "huggingface_hub")},
     ("on_broken", "skip"): "did you mean drop?",
     ("on_too_long", "skip"): "did you mean drop?",

@@ -110,7 +110,9 @@ def count_ranks(stage: str, gpus: int) -> int:
     """
     tried = os.environ.get("PREFBUILD_PROCESSES") or "1"
     if not tried.isdigit() or int(tried) < 1:
-        raise UsageError(f"PREFBUILD_PROCESSES is {tried!r}; give how many processes train together on the CPU, as in 2")
+        raise UsageError(
+            f"PREFBUILD_PROCESSES is {tried!r}; give how many processes train together on the CPU, as in 2"
+        )
     if stage != "train":
         return 1
     return max(1, gpus or int(tried))
@@ -150,7 +152,9 @@ def check_gpus() -> None:
         )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < wanted:
-        raise StageError(f"compute.gpus is {wanted}, and {here} sees {found or 'no'} GPU{'s' if found > 1 else ''}; {remedy}")
+        raise StageError(
+            f"compute.gpus is {wanted}, and {here} sees {found or 'no'} GPU{'s' if found > 1 else ''}; {remedy}"
+        )
     memory = int(os.environ.get("PREFBUILD_GPU_MEMORY") or 0)
     for index in [int(os.environ["LOCAL_RANK"])] if is_rank() else range(wanted):
         about = torch.cuda.get_device_properties(index)

@@ -164,7 +164,12 @@ def share_work(trainer: Any) -> None:
             del accelerator.prepare, accelerator.gather
 
     trainer.evaluate = evaluate_whole
-    if ranks.strategy() == "fsdp" and trainer.args.bf16:
+    if ranks.strategy() != "fsdp":
+        return
+    # By this name generation knows that a rank which is done must go on until all are: each token gathers every layer.
+    inner = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    inner._is_fsdp_managed_module = True
+    if trainer.args.bf16:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         # Accelerate would add up gradients in bf16; DDP and a single GPU do in float32.

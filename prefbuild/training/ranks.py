@@ -3,11 +3,14 @@
 A process that nobody launched is rank 0 of 1, for which everything here does nothing.
 """
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from prefbuild.launch import STRATEGY, is_rank
+from prefbuild.errors import StageError
+from prefbuild.launch import INSTALL_DEEPSPEED, STRATEGY, is_rank
 from prefbuild.methods import TrainOptions, split_batch
 
 Value = TypeVar("Value")
@@ -83,6 +86,8 @@ def rank_arguments(settings: TrainOptions, bf16: bool) -> dict[str, Any]:
             # Shards, for checkpoints: a whole state would be gathered, base and all, on rank 0.
             return {**batches, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
         case "zero3":
+            if importlib.util.find_spec("deepspeed") is None:
+                raise StageError(f"compute.strategy: zero3 is DeepSpeed's, which is not installed; {INSTALL_DEEPSPEED}")
             return {**batches, "deepspeed": zero3(settings, bf16)}
     return batches
 
@@ -106,6 +111,24 @@ def zero3(settings: TrainOptions, bf16: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,  # the recipe's own, which Trainer makes
     }
+
+
+@contextmanager
+def for_generation(trainer: Any) -> Iterator[Any]:
+    """The model of a trainer as it can generate, before training and after it."""
+    model = trainer.model
+    if strategy() == "zero3":
+        from trl.models import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as whole:
+            yield whole
+    elif strategy() == "fsdp" and model.device != trainer.accelerator.device:
+        # Not sharded yet, and so on the CPU, where generation takes minutes.
+        model.to(trainer.accelerator.device)
+        yield model
+        model.to("cpu")
+    else:
+        yield model
 
 
 def whole_weights(model: Any) -> dict[str, Any] | None:
