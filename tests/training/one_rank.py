@@ -8,6 +8,7 @@ accelerators alone: it is told that these are some.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,11 +37,15 @@ def main() -> None:
     import torch.distributed
     from trained import train
 
+    torch.distributed.init_process_group("gloo")
     if ranks.strategy() == "fsdp":
-        torch.distributed.init_process_group("gloo")
         shard_on_the_cpu()
     for asked in json.loads(sys.argv[1]):
         folder, model, prepared = (Path(asked.pop(key)) for key in ("folder", "model", "prepared"))
+        if asked.pop("resumed", False) and ranks.is_main():  # as if it had been killed after its second step
+            (folder / "adapter").rename(folder / "adapter-whole")
+            shutil.rmtree(folder / "work/checkpoint-4")
+        ranks.wait()
         metrics = train(folder, asked.pop("method"), model, prepared, **asked)
         (folder / f"metrics-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
     ranks.leave()
