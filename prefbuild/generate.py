@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.errors import DataError, UsageError
+from prefbuild.machine import leave_out_bitsandbytes
 from prefbuild.measure import machine
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
 
@@ -26,6 +27,7 @@ def generate(
     if not (model_dir / "config.json").exists():
         raise UsageError(f"{model_dir}: holds no model; build it with `dvc repro`")
 
+    leave_out_bitsandbytes()
     import torch
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 

@@ -1,5 +1,6 @@
-"""What this processor can do, asked where torch must not be imported."""
+"""What this processor can do, asked where torch must not be imported, and what this process can do without."""
 
+import sys
 from pathlib import Path
 
 
@@ -15,3 +16,11 @@ def cpu_flags() -> set[str]:
 def cpu_bf16() -> set[str]:
     """The instruction sets by which this CPU computes in bfloat16; empty: it would emulate it."""
     return {"avx512_bf16", "amx_bf16"} & cpu_flags()
+
+
+def leave_out_bitsandbytes() -> None:
+    """Tell this process that there is no bitsandbytes: PEFT imports it wherever it is installed, which takes 1.5 s.
+
+    Call it before PEFT or transformers is imported, where nothing is quantised.
+    """
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # how Python is told not to look

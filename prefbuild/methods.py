@@ -462,6 +462,13 @@ def train_metrics(train: Any) -> tuple[str, ...]:
     return *TRAIN_METRICS[train.method], *rewards
 
 
+def needs_bitsandbytes(train: dict[str, Any] | None) -> bool:
+    """Whether a resolved `train:` has its weights or its optimizer from bitsandbytes. A stage without one has neither."""
+    if train is None:
+        return False
+    return train["quantization"] is not None or not train["optim"].startswith(("adamw_torch", "sgd"))
+
+
 def reward_columns(train: Any) -> list[str]:
     """The columns of the data that a method's rewards read, besides the prompt: carried into prepared rows."""
     return columns_of(train.rewards) if isinstance(train, PromptOptions) else []

@@ -21,6 +21,8 @@ from prefbuild.artifact import input_digest, write_manifest
 from prefbuild.errors import PrefbuildError, StageError, UsageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
 from prefbuild.launch import is_rank, launch, record_failure
+from prefbuild.machine import leave_out_bitsandbytes
+from prefbuild.methods import needs_bitsandbytes
 from prefbuild.resolve import STAGE_VERSIONS
 from prefbuild.stages import STAGES
 
@@ -79,6 +81,8 @@ def run_stage(stage: str, name: str) -> None:
     outputs = {role: out / path for role, path in section["outputs"].items()}
     started = time.monotonic()
     if num_ranks == 1 or is_rank():
+        if not needs_bitsandbytes(section["settings"].get("train")):
+            leave_out_bitsandbytes()
         run = importlib.import_module(STAGES[stage]).run
         run(section["settings"], inputs, outputs, work, name)
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prefbuild.methods import METHODS, needs_bitsandbytes
 from prefbuild.worker import explain, killed_for_memory
 
 
@@ -45,3 +46,11 @@ def test_other_errors_are_left_alone() -> None:
 
 def test_nothing_is_counted_outside_of_containers() -> None:
     assert killed_for_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [({}, False), ({"quantization": "nf4"}, True), ({"optim": "paged_adamw_32bit"}, True), ({"optim": "sgd"}, False)],
+)
+def test_bitsandbytes_is_there_where_it_is_used(settings: dict[str, str], needs: bool) -> None:
+    assert needs_bitsandbytes(METHODS["dpo"](method="dpo", **settings).model_dump(mode="json")) is needs

@@ -1,19 +1,28 @@
-"""Training of the tiny model on prepared rows that are written here, for tests of every method on answers and pairs."""
+"""Training of a model on prepared rows that are written here, for tests of every method."""
 
 import functools
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefbuild.methods import METHODS
+from prefbuild.methods import METHODS, SHAPES
 from prefbuild.template import load_tokenizer, render_prompt
 from prefbuild.training import trainer
 
 ANIMALS = ("cat", "dog", "horse", "cow", "hen", "fish", "goat", "bee")
 BASE = {"name": "test/tiny", "revision": "1234"}
+# What methods on prompts need besides: two prompts a step.
+ON_PROMPTS = {
+    "rewards": [{"reward": "length", "target": 20}],
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "gradient_accumulation_steps": 2,
+}
 
 
 def write_prepared(folder: Path, model: Path, shape: str, train: int = 9, held_out: int = 3) -> Path:
@@ -37,6 +46,7 @@ def train(folder: Path, method: str, model: Path, prepared: Path, **settings: An
     The adapter is left in folder/adapter, the checkpoints in folder/work.
     """
     few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora": {"r": 4}}
+    few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
         seed=42,
@@ -51,6 +61,18 @@ def train(folder: Path, method: str, model: Path, prepared: Path, **settings: An
     return metrics
 
 
+def train_and_die(step: int, *arguments: Any, **settings: Any) -> None:
+    """The same, killed at the end of a step. Call it in a process of its own."""
+    from prefbuild.training.common import ProgressBar
+
+    def die(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ProgressBar.on_step_end = die  # type: ignore[method-assign]
+    train(*arguments, **settings)
+
+
 def digest(folder: Path) -> dict[str, str]:
     """The sha256 of every file of a trained adapter."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "adapter").iterdir()}
@@ -59,15 +81,16 @@ def digest(folder: Path) -> dict[str, str]:
 def _row(tokenizer: Any, shape: str, i: int) -> dict[str, Any]:
     animal = ANIMALS[i % len(ANIMALS)]
     question = f"Are {i} {animal}s many?" + " Say why." * (i % 3)
-    texts = {"prompt": render_prompt(tokenizer, [{"role": "user", "content": question}])}
+    messages = [{"role": "user", "content": question}]
+    texts = {"prompt": render_prompt(tokenizer, messages)}
     good, bad = f"Yes, {i} {animal}s are.<|im_end|>\n", "I am not sure." * (1 + i % 2) + f" Ask {i}.<|im_end|>\n"
     if shape == "pairs":
         texts |= {"chosen": good, "rejected": bad}
-    else:
+    elif shape != "prompts":
         texts["completion"] = good if i % 2 else bad
     ids = {f"{part}_ids": tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-    label = {"label": bool(i % 2)} if shape == "labelled" else {}
-    return {"id": str(i), **texts, **ids, **label}
+    more: dict[str, Any] = {"labelled": {"label": bool(i % 2)}, "prompts": {"messages": messages, "columns": {}}}
+    return {"id": str(i), **texts, **ids, **more.get(shape, {})}
 
 
 def log_probs(model: Path, adapter: Path | None, prompt: list[int], answer: list[int]) -> Any:

@@ -29,7 +29,7 @@ _REWARDS = {
 _COMPLETIONS = {
     "Reward": ["reward"],
     "Spread of rewards in a group": ["reward_std"],
-    "Mean length of completions": ["completions/mean_length"],
+    "Mean length of completions, tokens": ["completions/mean_length"],
     "KL": ["kl"],
     "Loss": ["loss"],
 }

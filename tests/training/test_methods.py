@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained import BASE, digest, train, write_prepared
+from trained import BASE, digest, train, train_and_die, write_prepared
 
 from prefbuild.artifact import read_manifest, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.methods import METHODS, SHAPES, TRAIN_METRICS, TrainOptions
 from prefbuild.stages import merge
-from prefbuild.training.common import ProgressBar
 
 Trained = dict[str, tuple[Path, dict[str, Any]]]
 NAMES = ("sft", "kto", "orpo", "simpo")
@@ -60,13 +59,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_bytes_of_another(
 ) -> None:
     pid = os.fork()  # what was imported is there: a new process would take ten seconds to get so far
     if pid == 0:
-
-        def die_at_4(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            if state.global_step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        ProgressBar.on_step_end = die_at_4  # type: ignore[method-assign]
-        train(tmp_path, method, tiny_model, prepared[SHAPES[method]], **SETTINGS)
+        train_and_die(4, tmp_path, method, tiny_model, prepared[SHAPES[method]], **SETTINGS)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-3"]

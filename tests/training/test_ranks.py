@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained import read_prepared, train, write_prepared
+from trained import train, write_prepared
 
 from prefbuild.errors import StageError
 from prefbuild.launch import launch
-from prefbuild.methods import METHODS, split_batch
+from prefbuild.methods import METHODS, SHAPES, split_batch
 from prefbuild.strict import Wrong
 from prefbuild.training.ranks import rank_arguments
 
 pytestmark = pytest.mark.timeout(600)
-SHAPES = {"dpo": "pairs", "orpo": "pairs", "sft": "answers", "kto": "labelled", "grpo": "prompts"}
 FOUR_STEPS = {"gradient_accumulation_steps": 2, "max_steps": 4, "disable_dropout": True}
 PROMPTS = {
     "num_generations": 4,
@@ -31,14 +30,7 @@ def settings(method: str) -> dict[str, Any]:
 
 def prepare(folder: Path, model: Path, method: str) -> Path:
     """Sixteen rows to train on, and three held out: an odd number, which two processes can't share out evenly."""
-    shape = SHAPES[method]
-    if shape != "prompts":
-        return write_prepared(folder, model, shape, train=16, held_out=3)
-    answers = write_prepared(folder, model, "answers", train=16, held_out=3)
-    for name in ("train", "held_out"):
-        rows = [row | {"messages": [], "columns": {}} for row in read_prepared(answers, name)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_prepared(folder, model, SHAPES[method], train=16, held_out=3)
 
 
 def train_in_two(root: Path, model: Path, strategy: str, *methods: str, resumed: str) -> None:
