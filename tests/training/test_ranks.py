@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def train_in_two(root: Path, model: Path, strategy: str, *methods: str, resumed:
         prepare(root / f"{method}-rows", model, method)
         (root / method).mkdir()
     script = Path(__file__).parent / "one_rank.py"
-    launch([str(script), json.dumps(asked)], 2, root / "work", strategy=strategy)
+    launch([str(script), json.dumps(asked)], 2, root / "work", strategy=strategy, env={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def train_in_one(root: Path, model: Path, method: str) -> tuple[dict[str, Any], Path]:
@@ -225,3 +227,20 @@ def test_deepspeed_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.
         StageError, match=r"which is not installed; install it with `pip install 'prefbuild\[deepspeed\]'`"
     ):
         rank_arguments(options("dpo", 4, 4), bf16=True)
+
+
+# ---- GPUs
+
+
+@pytest.mark.gpu
+def test_two_gpus_train_as_one(smollm2: Path, real_data: Path, tmp_path: Path) -> None:
+    """Needs two GPUs: DDP and FSDP through NCCL, with a thin model; benchmarks/multi_gpu.py states the speed of a thick one."""
+    script = Path(__file__).parents[2] / "benchmarks/multi_gpu.py"
+    argv = [sys.executable, str(script), str(tmp_path / "bench"), "--tokenizer", str(smollm2)]
+    argv += ["--rows", str(real_data / "preference/orca_dpo_pairs_284.jsonl"), "--layers", "4", "--hidden", "256"]
+    done = subprocess.run(
+        [*argv, "--steps", "6", "--batch", "2", "--accumulation", "4"], capture_output=True, text=True
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["one", "ddp", "fsdp"]
