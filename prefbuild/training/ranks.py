@@ -151,7 +151,7 @@ def _whole(parameter: Any) -> Any:
     if strategy() == "fsdp":
         full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         return full.detach().cpu()
-    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().cpu().clone()
+    # What the optimizer updates; the parameter itself is a copy in bf16 where that is computed in.
+    return safe_get_full_fp32_param(parameter).detach().cpu().clone()
