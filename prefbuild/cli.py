@@ -211,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--system", help="a system message")
     sub.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sub.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability")
     sub.add_argument("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest one's")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
@@ -474,6 +475,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
+        top_p=arguments.top_p,
         min_p=arguments.min_p,
         seed=arguments.seed,
         stream=True,

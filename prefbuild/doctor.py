@@ -24,7 +24,7 @@ from prefbuild.errors import LockError, StageError
 from prefbuild.launch import INSTALL_DEEPSPEED
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions, split_batch
+from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions, reference_recipe, split_batch
 from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
@@ -38,6 +38,15 @@ GGUF_BITS = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_1": 6.0, "Q5_0": 5.5, "Q5_K": 5.5,
     "Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.44, "Q2_K": 2.63,
 }  # fmt: skip
+# Bytes a trained weight that an optimizer keeps: Adam's two moments in 32 or 8 bits; SGD without momentum has none.
+STATE_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "paged_adamw_32bit": 8,
+    "paged_adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "sgd": 0,
+}
 GPU_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 LIST_GPUS = """
@@ -313,7 +322,7 @@ def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
     apart = root.stat().st_dev != cache.stat().st_dev
     lasting, passing = disk_need(
         weights=shape.num_parameters * BYTES[base.dtype],
-        adapter=4 * num_adapter_parameters(recipe.train, shape),
+        trained=4 * num_trained_parameters(recipe.train, shape),
         download=sum(file["size"] for file in _files(project, node)) * (1 if base.source == "file" else 2),
         fetched=recipe.base.source == "recipe" or (root / "build/models" / node / "manifest.json").exists(),
     )
@@ -325,14 +334,15 @@ def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
     return findings
 
 
-def disk_need(*, weights: int, adapter: int, download: int, fetched: bool) -> tuple[int, int]:
-    """Bytes a build adds for good (base, merged model, adapter), and for a while (download, two checkpoints).
+def disk_need(*, weights: int, trained: int, download: int, fetched: bool) -> tuple[int, int]:
+    """Bytes a build adds for good (base, merged model, what was trained), and for a while (download, two checkpoints).
 
-    `weights` and `adapter` are the sizes of the full model and the adapter; an adapter's checkpoint is three times
-    its size, for Adam's two moments. A second build takes as much as the first: DVC's cache keeps the old model.
+    `weights` and `trained` are the sizes of the full model and of what is trained (the adapter, or all weights in
+    float32); a checkpoint is three times the latter, for Adam's two moments. A second build takes as much as the first:
+    DVC's cache keeps the old model.
     """
-    lasting = (0 if fetched else weights) + weights + adapter
-    return lasting, max(0 if fetched else download, 2 * 3 * adapter)
+    lasting = (0 if fetched else weights) + weights + trained
+    return lasting, max(0 if fetched else download, 2 * 3 * trained)
 
 
 def temporary(need: int = 1_000_000_000) -> Finding:
@@ -445,7 +455,8 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
             found = f"{idle} GPU here, and the recipe uses none: compute.gpus is 0"
             findings.append(Finding(what="GPU", state="ok", found=found))
     if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
-        fix = "set compute.gpus: 1, or train.optim: adamw_torch; a LoRA adapter's optimizer state is small anyway"
+        small = "; a LoRA adapter's optimizer state is small anyway" if recipe.train.use_peft else ""
+        fix = f"set compute.gpus: 1, or train.optim: adamw_torch{small}"
         findings.append(
             Finding(
                 what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
@@ -504,6 +515,7 @@ def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
     )  # fmt: skip
     if state == "missing":
         fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
+        fix += "" if recipe.train.use_peft else ";\nor leave train.use_peft out: an adapter takes a fraction of it"
     needed = f"up to {_gigabytes(need)} when every row is {longest} tokens, roughly; {shape.source}"
     return Finding(
         what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix
@@ -518,10 +530,12 @@ def longest_row(recipe: Recipe) -> int:
 
 
 def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
-    """Bytes that training a LoRA adapter takes at most, roughly: the sum of
+    """Bytes that training takes at most, roughly: the sum of
 
-    weights       parameters x bytes, less when quantised (the reference is the same weights, without the adapter)
-    adapter       its parameters x 16: float32 weights, gradients and Adam's two moments
+    weights       of the base under an adapter: parameters x bytes, less when quantised
+    reference     as many again, but where it is the base without its adapter (float32 where all weights are trained)
+    trained       an adapter's parameters x 16: float32 weights, gradients and Adam's two moments. All weights: x 8 for
+                  weights and gradients, the optimizer's states (STATE_BYTES), and x 2 for autocast's copies in bf16
     activations   tokens x layers x (16 hidden + 7 intermediate) x bytes, tokens = batch x max_length, and of pairs
                   twice that; with checkpointing tokens x layers x hidden x bytes, and one layer in full. Eager
                   attention is not counted, nor what generation keeps while it samples (GRPO, RLOO).
@@ -536,9 +550,13 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
         activations = tokens * shape.layers * shape.hidden * bytes_per_number + layer
     else:
         activations = shape.layers * layer
+    if train.use_peft:
+        trained = 16 * num_trained_parameters(train, shape) + weight_bytes(train, shape, bytes_per_number)
+    else:
+        trained = shape.num_parameters * (8 + STATE_BYTES[train.optim] + (2 if bytes_per_number == 2 else 0))
     return (
-        weight_bytes(train, shape, bytes_per_number)
-        + 16 * num_adapter_parameters(train, shape)
+        trained
+        + (weight_bytes(train, shape, bytes_per_number) if has_second_model(train) else 0)
         + activations
         + tokens * shape.vocabulary * (bytes_per_number + 8)
         + LIBRARIES
@@ -546,15 +564,30 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
 
 
 def weight_bytes(train: TrainOptions, shape: Shape, bytes_per_number: int) -> int:
-    """Bytes of the base. NF4 is 4 bits a weight and a float32 scale for each 64, of all but embeddings and lm_head."""
+    """Bytes of the base as it is loaded: float32 where all weights are trained.
+
+    NF4 is 4 bits a weight and a float32 scale for each 64, of all but embeddings and lm_head.
+    """
+    if not train.use_peft:
+        return shape.num_parameters * 4
     if train.quantization is None:
         return shape.num_parameters * bytes_per_number
     embeddings = min(2 * shape.vocabulary * shape.hidden, shape.num_parameters)
     return embeddings * bytes_per_number + int((shape.num_parameters - embeddings) * (4 + 32 / 64) / 8)
 
 
-def num_adapter_parameters(train: TrainOptions, shape: Shape) -> int:
-    """Weights of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
+def has_second_model(train: Train) -> bool:
+    """Whether training holds a reference beside the model: another recipe's, or the base where there is no adapter."""
+    if reference_recipe(train) is not None:
+        return True
+    asks = train.method in ("dpo", "kto") or (train.method in ("grpo", "rloo") and train.beta > 0)
+    return asks and not train.use_peft
+
+
+def num_trained_parameters(train: TrainOptions, shape: Shape) -> int:
+    """All weights, or those of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
+    if not train.use_peft:
+        return shape.num_parameters
     return train.lora.r * shape.layers * (8 * shape.hidden + 3 * (shape.hidden + shape.intermediate))
 
 

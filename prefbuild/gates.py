@@ -3,9 +3,9 @@
     judge(settings, inputs, name) -> the verdict, as gate.json keeps it
 
 A rule holds only when its metric is there, is a finite number, and is this model's. What belongs together is read
-from the manifests: adapter from prepared and base, merged from adapter and base, evaluation of merged, baseline of
-base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in evaluate/<key>.jsonl.
-Where that breaks, an `artifact` rule says so and no rule holds.
+from the manifests: adapter (or all weights) from prepared and base, merged from it and base, evaluation of merged,
+baseline of base; evaluate.json repeats evaluate/<key>.json, whose metrics are the means of the samples in
+evaluate/<key>.jsonl. Where that breaks, an `artifact` rule says so and no rule holds.
 
 Covered: bytes of the folders read here (prepared, samples, baseline, others), manifests of the rest. Not covered: the
 bytes of the weights, which promote hashes, and a forger who rewrites samples and every digest above them.
@@ -25,11 +25,21 @@ from prefbuild.errors import StageError
 
 RULES = ("min", "max", "min_delta", "max_drop")
 METRICS = ("prepare", "train", "merge", "evaluate")
-FOLDERS = ("prepared", "adapter", "merged", "samples", "base_model", "baseline")
 # Two sums of the same numbers in another order; far below what any metric can resolve.
 SUM_TOLERANCE = 1e-9
 # 0.8 - 0.7 is not 0.1 in binary: a rule is not failed over the last bit of a number.
 TOLERANCE = 1e-12
+
+
+def trained_role(known: Any) -> str:
+    """The role of what was trained in a build's inputs, a verdict or facts: `adapter`, or `trained` for all weights."""
+    return "trained" if "trained" in known else "adapter"
+
+
+def folders(inputs: dict[str, Any]) -> tuple[str, ...]:
+    """The roles of the folders that a verdict rests on."""
+    reference = ("reference",) if "reference" in inputs else ()
+    return "prepared", trained_role(inputs), "merged", "samples", "base_model", "baseline", *reference
 
 
 class _Unfit(Exception):
@@ -82,7 +92,7 @@ def judge(settings: dict[str, Any], inputs: dict[str, Any], name: str, root: Pat
         "recipe": name,
         "passed": all(rule["passed"] for rule in rules),
         "artifact": build.digest("merged"),
-        "adapter": build.digest("adapter"),
+        trained_role(inputs): build.digest(trained_role(inputs)),
         "judged": judged,
         "rules": rules,
     }
@@ -129,7 +139,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             build.metrics[stage] = metrics
         except StageError as error:
             build.problems.append(build.say(error))
-    for role in FOLDERS:
+    for role in folders(build.inputs):
         # The folders whose files are read below are hashed; the weights' own bytes are promote's to hash.
         read = verify_artifact if role in ("prepared", "samples") else read_manifest
         judged[build.inputs[role]] = None
@@ -139,7 +149,7 @@ def _read(build: _Build) -> dict[str, str | None]:
             # A broken baseline fails the rules that compare with it, no others.
             if role != "baseline":
                 build.problems.append(build.say(error))
-    for path in [build.inputs[role] for role in FOLDERS] + list(build.inputs.get("others", [])):
+    for path in [build.inputs[role] for role in folders(build.inputs)] + list(build.inputs.get("others", [])):
         try:
             judged[path] = input_digest(build.root / path) if (build.root / path).exists() else None
             judged[f"{path}/{MANIFEST}"] = "sha256:" + sha256_file(build.root / path / MANIFEST)
@@ -150,16 +160,18 @@ def _read(build: _Build) -> dict[str, str | None]:
 
 def _check_chain(build: _Build) -> None:
     """Every artifact was made from the one before it, and is this recipe's."""
-    for role, stage in (("prepared", "prepare"), ("adapter", "train"), ("merged", "merge"), ("samples", "evaluate")):
+    trained = trained_role(build.inputs)
+    for role, stage in (("prepared", "prepare"), (trained, "train"), ("merged", "merge"), ("samples", "evaluate")):
         manifest = build.manifests.get(role)
         if manifest is not None and (manifest.get("stage"), manifest.get("name")) != (stage, build.name):
             made = f"{manifest.get('stage')} of {manifest.get('name')}"
             build.problems.append(f"{build.inputs[role]}: is {made}, not {stage} of {build.name}")
     for role, source, key in (
         ("prepared", "base_model", "model"),
-        ("adapter", "prepared", "prepared"),
-        ("adapter", "base_model", "model"),
-        ("merged", "adapter", "adapter"),
+        (trained, "prepared", "prepared"),
+        (trained, "base_model", "model"),
+        (trained, "reference", "reference"),
+        ("merged", trained, trained),
         ("merged", "base_model", "model"),
         ("samples", "merged", "model"),
     ):

@@ -15,13 +15,15 @@ def generate(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
     stream: bool = True,
 ) -> str:
     """The model's answer, also written to stdout as it comes when `stream` is set.
 
-    Greedy at temperature 0, else sampled with `seed`, without tokens less likely than `min_p` of the likeliest one's.
+    Greedy at temperature 0, else sampled with `seed` among the likeliest tokens of probability `top_p`, without those
+    less likely than `min_p` of the likeliest one.
     UsageError when there is no model, or it takes no such prompt.
     """
     if not (model_dir / "config.json").exists():
@@ -49,7 +51,9 @@ def generate(
     model.to(device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "min_p": min_p}
+        limits = {"top_p": top_p, "min_p": min_p}
+        sampling = {"do_sample": True, "temperature": temperature}
+        sampling |= {key: value for key, value in limits.items() if value is not None}
     set_seed(seed)
     ids = torch.tensor(tokenize(tokenizer, [text]), device=device)
     with torch.inference_mode():

@@ -70,8 +70,17 @@ class StopRule(Strict):
         return (self.below is not None and value < self.below) or (self.above is not None and value > self.above)
 
 
+class RecipeReference(Strict):
+    """Another recipe's merged model as reference: this recipe is built after that one."""
+
+    recipe: str = Field(description="The other recipe's name. Its tokenizer must be the base's.")
+
+
+Reference = Literal["base"] | RecipeReference
+
+
 class TrainOptions(Strict):
-    """What every method has: how long, how fast, in what arithmetic, and the adapter."""
+    """What every method has: how long, how fast, in what arithmetic, and what is trained."""
 
     learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Scheduler = Field(default="cosine", description="Shape of the learning rate over the run.")
@@ -97,6 +106,11 @@ class TrainOptions(Strict):
         description="QLoRA: nf4 keeps the base in 4 bits while training, with bitsandbytes. Merging takes the base as it is.",
     )
     disable_dropout: bool = Field(default=True, description="No dropout while training, as TRL has it.")
+    use_peft: bool = Field(
+        default=True,
+        description="Train a LoRA adapter. False: all weights, in float32, which takes 16 bytes a weight with AdamW, "
+        "and a learning rate that is a tenth of an adapter's or less.",
+    )
     lora: Lora = Field(default_factory=Lora, description="The adapter.")
     precision: Literal["auto", "bf16", "float32"] = Field(
         default="auto", description="Arithmetic. auto: bf16 where the machine computes in it, else float32."
@@ -105,8 +119,22 @@ class TrainOptions(Strict):
     logging_steps: int = Field(default=1, ge=1, description="Steps between two logged points.")
     save_steps: int = Field(default=20, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
     stop_if: list[StopRule] = Field(
-        default=[], description="Any of these ends a run that diverges; the adapter is saved as it is then."
+        default=[], description="Any of these ends a run that diverges; what is trained is saved as it is then."
     )
+
+    @model_validator(mode="after")
+    def _adapter_or_not(self) -> "TrainOptions":
+        if self.use_peft:
+            return self
+        if "lora" in self.model_fields_set:
+            raise Wrong("lora", "is of an adapter, and use_peft is false, which trains all weights; remove one of them")
+        if self.quantization is not None:
+            raise Wrong(
+                "quantization",
+                "holds the base in 4 bits, which only an adapter can be trained on, and use_peft is false; "
+                "remove one of them",
+            )
+        return self
 
     @model_validator(mode="after")
     def _fraction_of_steps(self) -> "TrainOptions":
@@ -131,8 +159,10 @@ class DPO(TrainOptions):
     loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="TRL's DPO losses, summed.")
     loss_weights: list[float] | None = Field(default=None, description="One weight a loss. Default: 1 each.")
     beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
-    reference: Literal["base"] = Field(
-        default="base", description="The model held on to: base is the one trained on, with the adapter switched off."
+    reference: Reference = Field(
+        default="base",
+        description="The model held on to. base: the one trained on, as it is before training. {recipe: NAME}: the "
+        "merged model of another recipe.",
     )
     label_smoothing: float = Field(
         default=0.0,
@@ -200,6 +230,11 @@ class KTO(TrainOptions):
         default="kto", description="apo_zero_unpaired: APO-zero on unpaired answers (arXiv 2408.06266), without KL."
     )
     beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference model.")
+    reference: Reference = Field(
+        default="base",
+        description="The model held on to. base: the one trained on, as it is before training. {recipe: NAME}: the "
+        "merged model of another recipe.",
+    )
     desirable_weight: float = Field(
         default=1.0,
         gt=0,
@@ -462,11 +497,29 @@ def train_metrics(train: Any) -> tuple[str, ...]:
     return *TRAIN_METRICS[train.method], *rewards
 
 
+def reference_recipe(train: Any) -> str | None:
+    """The recipe whose model is the reference; None where that is the base, or there is none."""
+    reference = train.reference if isinstance(train, DPO | KTO) else None
+    return reference.recipe if isinstance(reference, RecipeReference) else None
+
+
+def train_settings(train: Any) -> dict[str, Any]:
+    """What stage train is told of `train:`: nothing that says nothing, so that sections keep their bytes."""
+    told: dict[str, Any] = train.model_dump(mode="json", by_alias=True)
+    if train.use_peft:
+        del told["use_peft"]
+    else:
+        del told["lora"], told["quantization"]
+    if train.method == "kto" and train.reference == "base":
+        del told["reference"]
+    return told
+
+
 def needs_bitsandbytes(train: dict[str, Any] | None) -> bool:
     """Whether a resolved `train:` has its weights or its optimizer from bitsandbytes. A stage without one has neither."""
     if train is None:
         return False
-    return train["quantization"] is not None or not train["optim"].startswith(("adamw_torch", "sgd"))
+    return train.get("quantization") is not None or not train["optim"].startswith(("adamw_torch", "sgd"))
 
 
 def reward_columns(train: Any) -> list[str]:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, split_batch, train_metrics
+from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, reference_recipe, split_batch, train_metrics
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -336,12 +336,12 @@ def data_settings(data: Data, shape: str, keep: Iterable[str] = ()) -> dict[str,
 
 
 class Merge(Strict):
-    """Adapter and base become one set of weights."""
+    """Adapter and base become one set of weights, or all weights are rounded to the base's number format."""
 
     max_kl: float = Field(
         default=0.01,
         gt=0,
-        description="Largest mean KL divergence, in nats a token, of the merged model from base and adapter.",
+        description="Largest mean KL divergence, in nats a token, of the merged model from what was trained.",
     )
 
 
@@ -488,7 +488,7 @@ class Gate(Strict):
 class PromoteOptions(Strict):
     """What is published, wherever."""
 
-    adapter: bool = Field(default=True, description="Publish the adapter.")
+    adapter: bool = Field(default=True, description="Publish the adapter. There is none where train.use_peft is false.")
     merged: bool = Field(default=True, description="Publish the merged weights.")
     card: Annotated[str, AfterValidator(_below_recipes)] | None = Field(
         default=None, description="A Markdown file below recipes/ whose text stands on the model card."
@@ -541,6 +541,7 @@ class Recipe(Strict):
             *_data_problems(self.data, self.train),
             *_metric_problems(self.gates, self.train, self.data),
             *_compute_problems(self.compute, self.train),
+            *_promote_problems(self.promote, self.train),
         ]
         if problems:
             raise Wrongs(problems)
@@ -550,6 +551,27 @@ class Recipe(Strict):
     def shape(self) -> str:
         """What a row must have for the method."""
         return SHAPES[self.train.method]
+
+    @property
+    def publishes(self) -> dict[str, Any] | None:
+        """`promote:` as stages are told it: of all weights there is no adapter to publish."""
+        if self.promote is None:
+            return None
+        told: dict[str, Any] = self.promote.model_dump(mode="json")
+        return told if self.train.use_peft else told | {"adapter": False}
+
+
+def _promote_problems(promote: Promote | None, train: Train) -> Iterator[tuple[Loc, str]]:
+    """What `promote:` asks for that training leaves none of."""
+    if promote is None or train.use_peft:
+        return
+    if "adapter" in promote.model_fields_set and promote.adapter:
+        yield ("promote", "adapter"), "is true, and train.use_peft is false, which trains no adapter; remove it"
+    if not promote.merged:
+        yield (
+            ("promote", "merged"),
+            "is false, and train.use_peft too, which leaves no adapter to publish instead; remove it",
+        )
 
 
 def _data_problems(data: Data, train: Train) -> Iterator[tuple[Loc, str]]:
@@ -600,6 +622,11 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         yield ("compute", wrong.key), str(wrong)
     if compute.strategy in (None, "ddp"):
         return
+    if not train.use_peft:
+        yield (
+            ("compute", "strategy"),
+            f"is {compute.strategy}, which trains adapters alone here; write ddp, or train an adapter (train.use_peft: true)",
+        )
     if train.quantization is not None:
         yield (
             ("train", "quantization"),
@@ -776,19 +803,43 @@ def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
 def _base_problems(
     name: str, loaded: dict[str, tuple[Document, Recipe]], names: list[str]
 ) -> Iterator[tuple[Loc, str]]:
-    def base_of(recipe: str) -> str | None:
-        base = loaded[recipe][1].base if recipe in loaded else None
-        return base.recipe if isinstance(base, RecipeModel) else None
+    def made_from(recipe: str) -> dict[str, Loc]:
+        """The recipes whose models a recipe needs, and the key that says so."""
+        if recipe not in loaded:
+            return {}
+        one = loaded[recipe][1]
+        found: dict[str, Loc] = {}
+        if (reference := reference_recipe(one.train)) is not None:
+            found[reference] = ("train", "reference", "recipe")
+        if isinstance(one.base, RecipeModel):
+            found[one.base.recipe] = ("base", "recipe")
+        return found
 
-    base = base_of(name)
-    if base is not None and base not in names:
-        yield ("base", "recipe"), f"there is no recipe {show(base)}; {_did_you_mean(base, names)}"
-    chain = [name]
-    while (base := base_of(chain[-1])) is not None and base not in chain:
-        chain.append(base)
-    if base == name == min(chain):  # said once, at the first of the recipes in the circle
-        circle = " -> ".join([*chain, name])
-        yield ("base", "recipe"), f"recipes start from each other ({circle}); let one start from a file or a wheel"
+    for other, loc in made_from(name).items():
+        if other not in names:
+            yield loc, f"there is no recipe {show(other)}; {_did_you_mean(other, names)}"
+    circle = _shortest_circle(name, lambda recipe: list(made_from(recipe)))
+    if circle and name == min(circle):  # said once, at the first of the recipes in the circle
+        keys = [made_from(a)[b] for a, b in zip(circle, [*circle[1:], name], strict=True)]
+        shown = " -> ".join([*circle, name])
+        if all(key[0] == "base" for key in keys):
+            yield keys[0], f"recipes start from each other ({shown}); let one start from a file or a wheel"
+        else:
+            yield keys[0], f"recipes need each other's models ({shown}); let one do with reference: base"
+
+
+def _shortest_circle(name: str, needs: Callable[[str], list[str]]) -> list[str]:
+    """The recipes from `name` round to it again, by what each needs; [] when there is no way round."""
+    paths = [[name]]
+    seen: set[str] = set()
+    for path in paths:  # grows as it is walked
+        for other in needs(path[-1]):
+            if other == name:
+                return path
+            if other not in seen:
+                seen.add(other)
+                paths.append([*path, other])
+    return []
 
 
 def _gate_problems(
@@ -964,6 +1015,8 @@ OTHER_KEYS = {
 _TOP_NAME = "a recipe is named by its file; remove it"
 _PRECISION = "write precision: bf16 (or auto, or float32)"
 _QUANTISED = "write train.quantization: nf4, the one kind there is"
+_REFERENCE = "write train.reference: base, or {recipe: NAME} for the model of another recipe"
+_FULL = "write train.use_peft: false to train all weights"
 _HUB = "training publishes nothing; write promote: {to: hub, repo: owner/name}"
 NOT_HERE = {
     "recipe.name": _TOP_NAME,
@@ -977,15 +1030,18 @@ NOT_HERE = {
     "output_dir": "outputs go to build/<recipe>; remove it",
     "resume_from_checkpoint": "a killed run goes on by itself; remove it",
     "trust_remote_code": "no code comes from a model or data set; remove it",
-    "ref_model": "the reference is the base without its adapter; remove it",
-    "ref_model_name": "the reference is the base without its adapter; remove it",
+    "ref_model": _REFERENCE,
+    "ref_model_name": _REFERENCE,
+    "ref_model_name_or_path": _REFERENCE,
+    "train.reference": "dpo and kto have a reference of their choice; that of grpo and rloo is the base, in TRL too, "
+    "and sft, orpo and simpo have none; remove it",
     "reference_free": "TRL dropped it; remove it",
     "rpo_alpha": "TRL dropped it; write loss_type: [sigmoid, sft] with loss_weights",
     "warmup_ratio": "transformers dropped it; write warmup_steps, as in 0.1 for a tenth of the steps",
     "max_completion_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "max_target_length": "TRL dropped it; write data.max_length, which counts prompt and answer",
     "generate_during_eval": "TRL dropped it; evaluate.tasks measures answers",
-    "precompute_ref_log_probs": "the reference costs no memory here; remove it",
+    "precompute_ref_log_probs": "the reference is asked as training goes; remove it",
     "bf16": _PRECISION,
     "fp16": _PRECISION,
     "tf32": _PRECISION,
@@ -993,8 +1049,10 @@ NOT_HERE = {
     "load_in_8bit": _QUANTISED,
     "quantization_config": _QUANTISED,
     "qlora": _QUANTISED,
-    "use_peft": "an adapter is always trained; remove it, and see train.lora",
-    "use_lora": "an adapter is always trained; remove it, and see train.lora",
+    "use_lora": "an adapter is trained unless train.use_peft is false; remove it",
+    "full_finetune": _FULL,
+    "full_finetuning": _FULL,
+    "finetuning_type": _FULL,
     "report_to": "metrics go to DVCLive; remove it",
     "run_name": "a run is named by its recipe; remove it",
     "push_to_hub": _HUB,
@@ -1105,7 +1163,8 @@ def _place(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
         elif _is_union(here):
             if i == len(loc) - 1:
                 return _Place(path, section, here, is_branch=True)
-            here = next(member for member in get_args(here) if get_origin(member) is list)
+            members = get_args(here)
+            here = next(one for one in members if get_origin(one) is list or getattr(one, "__name__", "") == part)
         elif part == "[key]":
             here = keys
         else:  # an item of a list, or a value of a dict
@@ -1221,6 +1280,8 @@ def _words(wanted: Any) -> str:
     if _is_union(wanted) and not all(map(_is_model, get_args(wanted))):
         members = [member for member in get_args(wanted) if member is not int or float not in get_args(wanted)]
         return _either(map(_words, members))
+    if _is_model(wanted) and len(fields := _fields(wanted)) == 1 and all(map(FieldInfo.is_required, fields.values())):
+        return f"{{{next(iter(fields))}: ...}}"
     return "a section"
 
 

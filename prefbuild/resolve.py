@@ -16,7 +16,7 @@ from typing import Any
 from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, write_atomic
 from prefbuild.errors import LockError, UsageError
-from prefbuild.methods import reward_columns, reward_files
+from prefbuild.methods import reference_recipe, reward_columns, reward_files, train_settings
 from prefbuild.recipe import (
     Compute,
     Defaults,
@@ -249,6 +249,9 @@ def _recipe_sections(
     data = [f"build/data/{node_id(source.model_dump(mode='json'))}" for source in recipe.data.sources]
     # Left out where there are none, so that other recipes' sections keep their bytes.
     reward_inputs = {"rewards": files} if (files := reward_files(recipe.train)) else {}
+    # `adapter`, or all weights as they were trained.
+    trained = "adapter" if recipe.train.use_peft else "trained"
+    train, reference_inputs = _reference(recipe)
     rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
     judged: dict[str, Any] = {
         "prepare": f"{out}/prepare.json",
@@ -257,11 +260,12 @@ def _recipe_sections(
         "evaluate": f"{out}/evaluate.json",
         "samples": f"{out}/evaluate",
         "prepared": f"{out}/prepared",
-        "adapter": f"{out}/adapter",
+        trained: f"{out}/{trained}",
         "merged": f"{out}/merged",
         "base_model": model,
         "baseline": f"build/baselines/{base_id}",
         "others": [f"build/{rival}/evaluate" for rival in rivals],
+        **reference_inputs,
     }
     sections = {
         "prepare": _section(
@@ -273,14 +277,14 @@ def _recipe_sections(
         ),
         "train": _section(
             "train",
-            inputs={"model": model, "prepared": judged["prepared"], **reward_inputs},
+            inputs={"model": model, "prepared": judged["prepared"], **reward_inputs, **reference_inputs},
             outputs={
-                "adapter": judged["adapter"],
+                trained: judged[trained],
                 "metrics": judged["train"],
                 "plots": f"{out}/live/plots/metrics",
                 "live": f"{out}/live/metrics.json",
             },
-            train=recipe.train.model_dump(mode="json", by_alias=True),
+            train=train,
             seed=recipe.seed,
             base={"name": _base_name(recipe)},
             **({"strategy": recipe.compute.strategy or "ddp"} if recipe.compute.gpus > 1 else {}),
@@ -288,7 +292,7 @@ def _recipe_sections(
         ),
         "merge": _section(
             "merge",
-            inputs={"model": model, "adapter": judged["adapter"]},
+            inputs={"model": model, trained: judged[trained]},
             outputs={"merged": judged["merged"], "metrics": judged["merge"]},
             merge=recipe.merge.model_dump(mode="json"),
         ),
@@ -319,10 +323,20 @@ def _recipe_sections(
                 "plots": f"{out}/live/plots/metrics",
             },
             outputs={},
-            promote=recipe.promote.model_dump(mode="json"),
+            promote=recipe.publishes,
             description=recipe.description,
         )
     return sections
+
+
+def _reference(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
+    """What stage train is told of `train:`, and the reference it reads where that is not the base."""
+    train, other = train_settings(recipe.train), reference_recipe(recipe.train)
+    if other is None:
+        return train, {}
+    if recipe.base.source == "recipe" and recipe.base.recipe == other:
+        return train_settings(recipe.train.model_copy(update={"reference": "base"})), {}
+    return train, {"reference": f"build/{other}/merged"}
 
 
 def _report_section(project: Project) -> Section:

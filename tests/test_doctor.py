@@ -25,7 +25,7 @@ from prefbuild.doctor import (
     longest_row,
     memory,
     memory_need,
-    num_adapter_parameters,
+    num_trained_parameters,
     packages,
     processor,
     shape_of,
@@ -299,14 +299,39 @@ def test_a_prompt_takes_what_is_written_to_it_too() -> None:
 
 def test_an_adapters_weights_are_counted() -> None:
     # as PEFT counts them for r=16 on all linear layers, whose key and value are thinner here
-    assert 4_884_480 <= num_adapter_parameters(DPO(method="dpo"), SMOLLM2) < 1.2 * 4_884_480
+    assert 4_884_480 <= num_trained_parameters(DPO(method="dpo"), SMOLLM2) < 1.2 * 4_884_480
+
+
+def test_all_weights_take_what_their_optimizer_and_reference_need() -> None:
+    def need(method: str, bf16: bool = False, **train: Any) -> float:
+        options = METHODS[method].model_validate({"method": method, "use_peft": False, **train})
+        tiny = {"max_length": 1, "bytes_per_number": 2 if bf16 else 4}
+        nothing = dataclasses.replace(SMOLLM2, num_parameters=0)
+        return (memory_need(options, SMOLLM2, **tiny) - memory_need(options, nothing, **tiny)) / SMOLLM2.num_parameters
+
+    assert need("sft") == 16 and need("sft", bf16=True) == 18  # float32 all the same, and autocast's copies
+    assert need("sft", optim="adamw_bnb_8bit") == 10 and need("sft", optim="sgd") == 8
+    assert need("dpo") == need("kto") == 20 and need("orpo") == 16  # a second copy in float32
+    rewards = [{"reward": "length", "target": 50}]
+    assert need("grpo", rewards=rewards) == 16 and need("grpo", rewards=rewards, beta=0.1) == 20
+    assert need("dpo", optim="sgd", reference={"recipe": "other"}) == 12
+    held = DPO.model_validate({"method": "dpo", "reference": {"recipe": "other"}})
+    alone, both = (memory_need(t, SMOLLM2, max_length=9, bytes_per_number=2) for t in (DPO(method="dpo"), held))
+    assert both - alone == weight_bytes(held, SMOLLM2, 2) == 2 * SMOLLM2.num_parameters
+    small = [Gpu(name="Small", total=2 * 10**9, free=2 * 10**9)]
+    large = dataclasses.replace(SMOLLM2, num_parameters=6 * 10**8)
+    assert memory(recipe(), small, large).state == "warning"
+    found = memory(recipe(use_peft=False), small, large)
+    assert found.state == "missing" and found.fix.endswith(
+        "or leave train.use_peft out: an adapter takes a fraction of it"
+    )
 
 
 # ---- disk
 
 
 def test_a_fetched_base_needs_no_more_room() -> None:
-    sizes = {"weights": 1000, "adapter": 10, "download": 600}
+    sizes = {"weights": 1000, "trained": 10, "download": 600}
     assert disk_need(**sizes, fetched=False) == (2010, 600)
     assert disk_need(**sizes, fetched=True) == (1010, 60)
 

@@ -395,6 +395,34 @@ def test_an_artifact_made_from_something_else_fails_every_rule(root, folder, key
     assert not loss["passed"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "key", "source"),
+    [
+        ("build/x/adapter", "prepared", "build/x/prepared"),
+        ("build/x/adapter", "reference", "build/y/evaluate"),
+        ("build/x/merged", "trained", "build/x/adapter"),
+        (None, None, None),
+    ],
+)
+def test_all_weights_and_a_reference_are_in_the_chain(root, folder, key, source):
+    # The small build's folders, as if its adapter were all weights and y's samples a model.
+    inputs = {"trained" if role == "adapter" else role: path for role, path in built.INPUTS.items()}
+    inputs["reference"] = "build/y/evaluate"
+    digests = {path: built.digest(root, path) for path in (inputs["trained"], inputs["reference"])}
+    edit(root / "build/x/merged/manifest.json", lambda m: m["inputs"].update(trained=digests[inputs["trained"]]))
+    edit(root / "build/x/adapter/manifest.json", lambda m: m["inputs"].update(reference=digests[inputs["reference"]]))
+    if folder:
+        chain(root, folder, key)
+    verdict = judge(built.gate_settings(), inputs, "x", root)
+    assert verdict["passed"] == (folder is None)
+    assert verdict["trained"] == digests[inputs["trained"]] and "adapter" not in verdict
+    if folder:
+        stale = [rule["says"] for rule in verdict["rules"] if rule["metric"] == "artifact"]
+        assert len(stale) == 1 and stale[0].startswith(
+            f"{folder}: was made from {key} sha256:333333333333, but {source} is"
+        )
+
+
 def test_a_retrained_adapter_makes_the_rest_stale(root):
     built.weights(root / "build/x/adapter/adapter_model.safetensors", seed=9)
     seal(root, "build/x/adapter")

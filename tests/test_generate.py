@@ -37,10 +37,11 @@ def test_sampling_depends_on_the_seed(smollm2: Path) -> None:
     assert sample(2) != first
 
 
-def test_min_p_leaves_unlikely_tokens_out(smollm2: Path) -> None:
+def test_min_p_and_top_p_leave_unlikely_tokens_out(smollm2: Path) -> None:
     # Not compared with the greedy answer: in bf16 several tokens can be likeliest.
     wild = {"max_new_tokens": 8, "temperature": 4.0, "stream": False}
     assert "Paris" in generate(smollm2, QUESTION, min_p=1.0, **wild)
+    assert "Paris" in generate(smollm2, QUESTION, top_p=1e-6, **wild)
     assert "Paris" not in generate(smollm2, QUESTION, **wild)
 
 

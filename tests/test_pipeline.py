@@ -1,5 +1,6 @@
 """The build with real DVC: what re-runs, what does not, and what happens when things die."""
 
+import base64
 import hashlib
 import json
 import os
@@ -137,6 +138,45 @@ def test_a_recipe_on_another_recipes_model_builds_after_it(project: Path) -> Non
     edit(project, "first", "1.0e-3", "3.0e-3")
     ran_again = repro(project, "pipelines/child/dvc.yaml:train")
     assert {"train first", "merge first", "train child"} <= ran_again
+
+
+def test_a_model_of_all_weights_that_holds_on_to_another_is_built_and_promoted(project: Path) -> None:
+    full = RECIPE.replace("lora: {r: 4}", "use_peft: false\n  reference: {recipe: first}")
+    (project / "recipes/full.yaml").write_text(full)
+    run(project, "prefbuild", "lock")
+    run(project, "prefbuild", "sync")
+    assert repro(project) == {"resolve", "report"} | {f"{stage} full" for stage in OF_A_RECIPE}
+    build = project / "build/full"
+    assert not (build / "adapter").exists()
+    verdict = json.loads((build / "gate.json").read_text())
+    trained, merged = (json.loads((build / name / "manifest.json").read_text()) for name in ("trained", "merged"))
+    reference = json.loads((project / "build/first/merged/manifest.json").read_text())["digest"]
+    assert verdict["trained"] == trained["digest"] == merged["inputs"]["trained"] and "adapter" not in verdict
+    assert trained["inputs"]["reference"] == verdict["judged"]["build/first/merged"] == reference
+    page = (project / "build/report/index.html").read_text()
+    assert "weights as trained <code>" in page and "against the weights as trained, on" in page
+
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "full")
+    run(project, "prefbuild", "promote", "full")
+    version = project / "registry/full/v1"
+    assert [path.relative_to(version).as_posix() for path in version.rglob("*.safetensors")] == ["model.safetensors"]
+    assert digest(version / "model.safetensors") == digest(build / "merged/model.safetensors")
+    card = (version / "README.md").read_text()
+    assert f"| weights as trained, before they were rounded | {verdict['trained']} |" in card
+    assert f"| reference | recipe first's merged model, {reference} |" in card
+    assert "| use_peft | false |" in card and "PeftModel" not in card
+    envelope = json.loads((version / "prefbuild/provenance.intoto.jsonl").read_text())
+    definition = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["buildDefinition"]
+    found = {one["name"]: one["digest"] for one in definition["resolvedDependencies"]}
+    assert found["reference model"] == {"sha256": reference.removeprefix("sha256:")}
+    assert "rules passed, on exactly these weights\n" in run(project, "prefbuild", "verify", "registry/full/v1")
+    assert json.loads((project / "promotions.jsonl").read_text())["trained"] == verdict["trained"]
+
+    edit(project, "first", "1.0e-3", "2.0e-3")
+    changes = json.loads(run(project, "prefbuild", "status", "full", "--json"))
+    states = {(change["name"], change["stage"]): change["state"] for change in changes}
+    assert states["first", "train"] == "runs" and states["full", "train"] == "may run"
 
 
 def test_keep_going_builds_the_second_though_the_first_fails(project: Path) -> None:

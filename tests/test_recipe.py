@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from prefbuild import yamlfile
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import DPO, LOSS_TYPES, METHODS, SHAPES
+from prefbuild.methods import DPO, LOSS_TYPES, METHODS, SHAPES, reference_recipe
 from prefbuild.recipe import (
     Compute,
     Data,
@@ -193,7 +193,15 @@ IN_TRAIN = {
     "bf16: true": "train.bf16: unknown key; write precision: bf16 (or auto, or float32)",
     "load_in_4bit: true": "train.load_in_4bit: unknown key; write train.quantization: nf4, the one kind there is",
     "reference_free: true": "train.reference_free: unknown key; TRL dropped it; remove it",
-    "ref_model: x": "train.ref_model: unknown key; the reference is the base without its adapter; remove it",
+    "ref_model: x": "train.ref_model: unknown key; write train.reference: base, or {recipe: NAME} for the model of another recipe",
+    "reference: other": "train.reference: is text 'other'; base or {recipe: ...} is wanted",
+    "reference: [base]": "train.reference: is a list; base or {recipe: ...} is wanted",
+    "reference: {recipe: 1}": "train.reference.recipe: is the number 1; text is wanted, write it in quotes",
+    "reference: {recipe: x, path: y}": "train.reference.path: unknown key; it belongs in base or in data.sources or in train.rewards or in promote",
+    "reference: {recipe: y}": "train.reference.recipe: there is no recipe 'y'; known: x",
+    "reference: {recipe: x}": "train.reference.recipe: recipes need each other's models (x -> x); let one do with reference: base",
+    "use_lora: false": "train.use_lora: unknown key; an adapter is trained unless train.use_peft is false; remove it",
+    "full_finetuning: true": "train.full_finetuning: unknown key; write train.use_peft: false to train all weights",
     "output_dir: x": "train.output_dir: unknown key; outputs go to build/<recipe>; remove it",
     "trust_remote_code: true": "train.trust_remote_code: unknown key; no code comes from a model or data set; remove it",
     "hub_token: hf_abcdefghijklmnopqrstuvwxyz0123": "train.hub_token: holds a token; remove it, and revoke it if others saw the file",
@@ -308,6 +316,27 @@ AT_THE_END = {
     "registry: x": "registry: unknown key; did you mean promote?",
 }
 REPLACED = [
+    (
+        "  max_steps: 10",
+        "  use_peft: false\n  lora: {}",
+        ["10: train.lora: is of an adapter, and use_peft is false, which trains all weights; remove one of them"],
+    ),
+    (
+        "  max_steps: 10",
+        "  use_peft: false\n  quantization: nf4",
+        [
+            "10: train.quantization: holds the base in 4 bits, which only an adapter can be trained on, and use_peft is "
+            "false; remove one of them"
+        ],
+    ),
+    (
+        "  max_steps: 10\n",
+        "  use_peft: false\npromote: {to: directory, adapter: true, merged: false}\n",
+        [
+            "10: promote.adapter: is true, and train.use_peft is false, which trains no adapter; remove it",
+            "10: promote.merged: is false, and train.use_peft too, which leaves no adapter to publish instead; remove it",
+        ],
+    ),
     (
         "  max_steps: 10",
         "  max_steps: 10\n  num_train_epochs: 2",
@@ -858,6 +887,28 @@ def test_recipes_that_start_from_each_other_are_named_once() -> None:
     assert problems() == [
         "recipes/a.yaml:3: base.recipe: recipes start from each other (a -> b -> c -> a); let one start from a file or a wheel"
     ]
+
+
+def test_a_reference_is_an_edge_too() -> None:
+    held = edited(("  max_steps: 10", "  reference: {recipe: b}"))
+    for name, text in (("a", held), ("b", started_from("c")), ("c", started_from("a")), ("d", held)):
+        Path(f"recipes/{name}.yaml").write_text(text)
+    assert problems() == [
+        "recipes/a.yaml:9: train.reference.recipe: recipes need each other's models (a -> b -> c -> a); let one do with "
+        "reference: base"
+    ]
+    Path("recipes/c.yaml").write_text(GOOD)
+    assert reference_recipe(load_recipes(Path())["a"].train) == "b"
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dpo", "kto"}))
+def test_only_dpo_and_kto_choose_their_reference(method: str) -> None:
+    X.write_text(of_method(method, ("  max_steps: 10", "  reference: base")))
+    (problem,) = problems()
+    assert (
+        "train.reference: unknown key; dpo and kto have a reference of their choice; that of grpo and rloo is the base"
+        in problem
+    )
 
 
 def test_a_recipe_that_is_wrong_itself_still_exists_for_others() -> None:

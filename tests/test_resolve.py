@@ -79,6 +79,43 @@ def test_a_recipe_that_measures_otherwise_leaves_the_first_ones_sections_alone(p
     assert {m["limit"] for m in baseline["settings"]["measurements"]} == {4, 6}
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_sections_say_of_adapter_and_reference_what_there_is_to_say(project: Path, method: str) -> None:
+    recipe = RECIPE.replace("method: dpo", f"method: {method}")
+    if method == "kto":
+        recipe = recipe.replace("chosen: chosen, rejected: rejected", "completion: chosen")
+    full = recipe.replace("  lora: {r: 4}\n", "  use_peft: false\n")
+    held = full.replace("  use_peft: false\n", "  use_peft: false\n  reference: {recipe: first}\n")
+    child = held.replace("source: file\n  path: models/tiny", "source: recipe\n  recipe: first")
+    for name, text in (("first", recipe), ("full", full), ("held", held), ("child", child)):
+        (project / f"recipes/{name}.yaml").write_text(text)
+    sections = {
+        name: resolve(load_project(project))[f"build/.resolved/{name}.json"]
+        for name in ("first", "full", "held", "child")
+    }
+    train = {name: one["train"]["settings"]["train"] for name, one in sections.items()}
+    base = {"reference": "base"} if method == "dpo" else {}  # which kto's sections of before had not
+    assert not {"use_peft"} & train["first"].keys() and train["first"].items() >= base.items()
+    assert train["full"]["use_peft"] is False and not {"lora", "quantization"} & train["full"].keys()
+    assert {name: one.get("reference") for name, one in train.items()} == {
+        **dict.fromkeys(("first", "full", "child"), base.get("reference")),
+        "held": {"recipe": "first"},
+    }  # the model of its base is what child starts from, so it is the base
+    held_inputs = [
+        sections["held"][stage]["inputs"].get("reference") for stage in ("train", "gate", "promote", "merge")
+    ]
+    assert held_inputs == ["build/first/merged"] * 3 + [None]
+    assert "reference" not in sections["child"]["train"]["inputs"]
+    assert sections["full"]["train"]["outputs"]["trained"] == sections["full"]["merge"]["inputs"]["trained"]
+    assert not any(
+        "adapter" in sections["full"][stage][side]
+        for stage in ("train", "merge", "gate", "promote")
+        for side in ("inputs", "outputs")
+    )
+    assert sections["full"]["promote"]["settings"]["promote"]["adapter"] is False
+    assert sections["first"]["promote"]["settings"]["promote"]["adapter"] is True
+
+
 def test_unchanged_files_are_not_written_again(project: Path) -> None:
     resolved = resolve(load_project(project))
     assert write_resolved(project, resolved)

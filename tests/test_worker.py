@@ -2,10 +2,11 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prefbuild.methods import METHODS, needs_bitsandbytes
+from prefbuild.methods import METHODS, needs_bitsandbytes, train_settings
 from prefbuild.worker import explain, killed_for_memory
 
 
@@ -50,7 +51,14 @@ def test_nothing_is_counted_outside_of_containers() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "needs"),
-    [({}, False), ({"quantization": "nf4"}, True), ({"optim": "paged_adamw_32bit"}, True), ({"optim": "sgd"}, False)],
+    [
+        ({}, False),
+        ({"quantization": "nf4"}, True),
+        ({"optim": "paged_adamw_32bit"}, True),
+        ({"optim": "sgd"}, False),
+        ({"use_peft": False}, False),
+        ({"use_peft": False, "optim": "adamw_bnb_8bit"}, True),
+    ],
 )
-def test_bitsandbytes_is_there_where_it_is_used(settings: dict[str, str], needs: bool) -> None:
-    assert needs_bitsandbytes(METHODS["dpo"](method="dpo", **settings).model_dump(mode="json")) is needs
+def test_bitsandbytes_is_there_where_it_is_used(settings: dict[str, Any], needs: bool) -> None:
+    assert needs_bitsandbytes(train_settings(METHODS["dpo"](method="dpo", **settings))) is needs

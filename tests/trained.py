@@ -40,12 +40,16 @@ def read_prepared(prepared: Path, name: str = "train") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (prepared / f"{name}.jsonl").read_text().splitlines()]
 
 
-def train(folder: Path, method: str, model: Path, prepared: Path, **settings: Any) -> dict[str, Any]:
+def train(
+    folder: Path, method: str, model: Path, prepared: Path, other: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """Train as the train stage does, for four steps unless `settings` say otherwise; returns the metrics.
 
-    The adapter is left in folder/adapter, the checkpoints in folder/work.
+    `other` is the reference where that is not the base. The adapter, or all weights, are left in folder/adapter, the
+    checkpoints in folder/work.
     """
-    few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora": {"r": 4}}
+    few: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    few |= {"lora": {"r": 4}} if settings.get("use_peft", True) else {}
     few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
@@ -53,10 +57,11 @@ def train(folder: Path, method: str, model: Path, prepared: Path, **settings: An
         base=BASE,
         model=model,
         prepared=prepared,
-        adapter=folder / "adapter",
+        trained=folder / "adapter",
         live=folder / "live",
         work=folder / "work",
         name="test",
+        **({"reference": other} if other else {}),
     )
     return metrics
 
@@ -74,7 +79,7 @@ def train_and_die(step: int, *arguments: Any, **settings: Any) -> None:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a trained adapter."""
+    """The sha256 of every file that training left."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "adapter").iterdir()}
 
 

@@ -103,10 +103,10 @@ def _target(root: Path, name: str) -> dict[str, Any]:
     """Where a recipe is promoted to, built or not: going back must not wait for a build."""
     recipes = load_recipes(root)
     known_recipes([name], recipes)
-    where = recipes[name].promote
+    where = recipes[name].publishes
     if where is None:
         raise PromotionRefused(f"recipes/{name}.yaml: has no `promote:`, which says where to publish")
-    return where.model_dump(mode="json")
+    return where
 
 
 def _check_paths(root: Path, name: str) -> None:
@@ -124,8 +124,8 @@ def _check_paths(root: Path, name: str) -> None:
 
 def _record(root: Path, target: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Append a promotion to the project's record, unless it is there."""
-    keys = ("name", "version", "place", "commit", "build", "artifact", "adapter", "git_commit", "dirty", "time", "key",
-            "provenance", "same_as")  # fmt: skip
+    keys = ("name", "version", "place", "commit", "build", "artifact", "adapter", "trained", "git_commit", "dirty", "time",
+            "key", "provenance", "same_as")  # fmt: skip
     entry = {"to": target["to"], **{key: facts[key] for key in keys if key in facts}}
     if target["to"] == "directory":
         entry["place"] = target["path"]

@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any
 from urllib.parse import quote
 
+from prefbuild.gates import trained_role
 from prefbuild.promote.provenance import public_path, public_title, uri_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
@@ -48,7 +49,7 @@ def bom(
         "properties": _properties(
             build=facts["build"],
             artifact=facts["artifact"],
-            adapter=facts["adapter"],
+            **{trained_role(facts): facts[trained_role(facts)]},
             git_commit=facts["git_commit"],
             method=facts["method"],
             seed=facts["seed"],

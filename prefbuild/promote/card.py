@@ -91,6 +91,7 @@ def render_card(
         facts=facts,
         remote=facts.get("git_remote"),
         images=facts.get("images", []),
+        reference=_reference(resolved, gate),
     )
     return text.rstrip("\n") + "\n"
 
@@ -235,6 +236,12 @@ def _base(resolved: dict[str, Any], gate: dict[str, Any], facts: dict[str, Any])
         "title": _title(source),
         "revision": _revision(pinned),
     }
+
+
+def _reference(resolved: dict[str, Any], gate: dict[str, Any]) -> dict[str, str] | None:
+    """The recipe whose model was the reference, and that model's digest; None where it was the base."""
+    path = resolved["train"]["inputs"].get("reference")
+    return {"name": Path(path).parent.name, "digest": gate["judged"][path]} if path else None
 
 
 def _sources(resolved: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, str]]:

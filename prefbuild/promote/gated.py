@@ -13,7 +13,7 @@ from typing import Any
 
 from prefbuild.artifact import MANIFEST, canonical_json, read_json, sha256_file, verify_artifact
 from prefbuild.errors import PromotionRefused, StageError
-from prefbuild.gates import FOLDERS, METRICS, judge
+from prefbuild.gates import METRICS, folders, judge
 from prefbuild.pipeline import RECIPE_STAGES
 from prefbuild.recipe import known_recipes
 from prefbuild.resolve import load_project, resolve, resolved_path
@@ -54,10 +54,10 @@ def verified_gate(root: Path, name: str, resolved: dict[str, Any]) -> dict[str, 
         failed = [rule["says"] for rule in gate.get("rules", []) if not rule["passed"]]
         raise PromotionRefused(f"{path}: {name} failed its gates:\n  " + "\n  ".join(failed))
     for file in [inputs[stage] for stage in METRICS] + [
-        f"{folder}/{MANIFEST}" for folder in [inputs[role] for role in FOLDERS] + inputs["others"]
+        f"{folder}/{MANIFEST}" for folder in [inputs[role] for role in folders(inputs)] + inputs["others"]
     ]:
         _check_digest(root, file, gate.get("judged", {}).get(file), path)
-    for folder in [inputs[role] for role in FOLDERS] + inputs["others"]:
+    for folder in [inputs[role] for role in folders(inputs)] + inputs["others"]:
         try:
             verify_artifact(root / folder)
         except StageError as error:

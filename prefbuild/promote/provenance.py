@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 import prefbuild
 from prefbuild.artifact import digest_of, sha256_file
+from prefbuild.gates import trained_role
 from prefbuild.pipeline import RECIPE_STAGES
 from prefbuild.recipe import NAME
 from prefbuild.resolve import RESOLVED
@@ -91,6 +92,7 @@ def gather(
     `key` is the id of the key that will sign it.
     """
     inputs = resolved["promote"]["inputs"]
+    trained = trained_role(gate)
     train = json.loads((root / inputs["train"]).read_text(encoding="utf-8"))
     records = [
         json.loads((root / inputs["samples"] / f"{m['key']}.json").read_text(encoding="utf-8"))
@@ -105,7 +107,7 @@ def gather(
         "version": version,
         "build": build,
         "artifact": gate["artifact"],
-        "adapter": gate["adapter"],
+        trained: gate[trained],
         "git_commit": source.commit,
         "git_remote": _remote(root),
         # git's own words, in brackets, may name folders of this machine.
@@ -125,7 +127,7 @@ def gather(
             "rules": [{"passed": rule["passed"], "says": rule["says"]} for rule in gate["rules"]],
         },
         "judged": gate["judged"],
-        "made_from": {role: _made_from(root / inputs[role]) for role in ("prepared", "adapter", "merged", "samples")},
+        "made_from": {role: _made_from(root / inputs[role]) for role in ("prepared", trained, "merged", "samples")},
         "evaluated_with": versions,
         "trained_on": train.get("machine", {}),
         "promoted_with": {"prefbuild": prefbuild.__version__, "python": platform.python_version()},
@@ -160,7 +162,16 @@ def statement(facts: dict[str, Any], files: dict[str, dict[str, Any]], metrics: 
                 "internalParameters": {
                     key: facts[key]
                     for key in (
-                        *("version", "artifact", "adapter", "dirty", "method", "seed", "settings", "made_from"),
+                        *(
+                            "version",
+                            "artifact",
+                            trained_role(facts),
+                            "dirty",
+                            "method",
+                            "seed",
+                            "settings",
+                            "made_from",
+                        ),
                         *("trained_on", "evaluated_with", "promoted_with", "key"),
                     )
                 },
@@ -191,6 +202,7 @@ FORMS = {
     "build": r"sha256:[0-9a-f]{64}",
     "artifact": r"sha256:[0-9a-f]{64}",
     "adapter": r"sha256:[0-9a-f]{64}",
+    "trained": r"sha256:[0-9a-f]{64}",
     "git_commit": r"[0-9a-f]{40}([0-9a-f]{24})?",
     "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00",
     "key": r"[0-9a-f]{64}",
@@ -199,7 +211,8 @@ DIGESTS = {"sha256": r"[0-9a-f]{64}", "gitBlob": r"[0-9a-f]{40}"}
 
 
 def facts_of(statement: Any) -> dict[str, Any]:
-    """What a statement says of the promotion itself: name, version, build, artifact, adapter, commit, time and key.
+    """What a statement says of the promotion itself: name, version, build, artifact, adapter (or all weights as they
+    were trained), commit, time and key.
 
     Raises ValueError that says what is missing or of another form, also of the files it is about.
     """
@@ -216,7 +229,7 @@ def facts_of(statement: Any) -> dict[str, Any]:
             "version": known["version"],
             "build": details["metadata"]["invocationId"],
             "artifact": known["artifact"],
-            "adapter": known["adapter"],
+            trained_role(known): known[trained_role(known)],
             "git_commit": commits[0] if commits else None,
             "dirty": known["dirty"],
             "time": re.sub("Z$", "+00:00", details["metadata"]["finishedOn"]),
@@ -228,6 +241,8 @@ def facts_of(statement: Any) -> dict[str, Any]:
     except (TypeError, AttributeError, IndexError):
         raise ValueError("is not built like a statement") from None
     for key, form in FORMS.items():
+        if key not in facts:
+            continue  # adapter or trained: one of them is there
         optional = key in ("git_commit", "key") and facts[key] is None
         if not optional and not (isinstance(facts[key], str) and re.fullmatch(form, facts[key])):
             raise ValueError(f"its {key} has another form: {str(facts[key])[:80]!r}")
@@ -295,6 +310,8 @@ def _dependencies(facts: dict[str, Any]) -> list[dict[str, Any]]:
     # As prefbuild reads them: for a base that is another recipe's model, this is all there is.
     found.append(_resource("base model", made_from["model"], artifact=True))
     found += [_resource(path, digest, artifact=True) for path, digest in made_from["data"].items()]
+    reference = facts["made_from"][trained_role(facts)].get("reference")
+    found += [_resource("reference model", reference, artifact=True)] if reference else []
     for task in facts["tasks"]:
         found += [_resource(file["path"], file["sha256"], task=task["name"]) for file in task["files"]]
     for image in facts["images"]:

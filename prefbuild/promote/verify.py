@@ -137,7 +137,8 @@ def _check_gate(seen: _Seen, made: dict[str, Any], facts: dict[str, Any]) -> str
     digests = version.subjects(made)
     sized = {path: {"size": entry["size"], **digests.get(path, {})} for path, entry in seen.files.items()}
     version.check_roles({path: entry for path, entry in sized.items() if "sha256" in entry}, target, gate, seen.shown)
-    return f"{len(rules)} of {len(rules)} rules passed, on exactly this adapter and these weights"
+    exactly = "this adapter and these weights" if "adapter" in facts else "these weights"
+    return f"{len(rules)} of {len(rules)} rules passed, on exactly {exactly}"
 
 
 def _check_tag(api: "HfApi", repo: str, revision: str, commit: str, records: list[dict[str, Any]]) -> None:

@@ -8,8 +8,8 @@ STAGES = {
     "model": "prefbuild.stages.model",  # a source becomes a checkpoint folder
     "data": "prefbuild.stages.data",  # a source becomes files of rows
     "prepare": "prefbuild.stages.prepare",  # rows become prompt, chosen, rejected
-    "train": "prefbuild.stages.train",  # an adapter
-    "merge": "prefbuild.stages.merge",  # adapter and base become one, and prove it
+    "train": "prefbuild.stages.train",  # an adapter, or all weights
+    "merge": "prefbuild.stages.merge",  # it and the base become one model, and prove it
     "evaluate": "prefbuild.stages.evaluate",  # lm-evaluation-harness on the merged model
     "baseline": "prefbuild.stages.baseline",  # the same on the base
     "gate": "prefbuild.stages.gate",  # a verdict

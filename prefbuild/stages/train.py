@@ -1,4 +1,4 @@
-"""Train an adapter on prepared rows, by the recipe's method."""
+"""Train an adapter, or all weights, on prepared rows, by the recipe's method."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,10 @@ from prefbuild.rewards.file import verify as verify_rewards
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
-    """Leave the adapter, train.json and DVCLive's curves. Goes on from a checkpoint in `work` when there is one."""
+    """Leave the adapter (with use_peft: false all weights), train.json and DVCLive's curves.
+
+    Goes on from a checkpoint in `work` when there is one.
+    """
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
     from prefbuild.training import ranks, trainer
@@ -22,10 +25,11 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         base=base,
         model=inputs["model"],
         prepared=inputs["prepared"],
-        adapter=outputs["adapter"],
+        trained=outputs["adapter" if "adapter" in outputs else "trained"],
         live=outputs["live"].parent,
         work=work,
         name=name,
+        **({"reference": inputs["reference"]} if "reference" in inputs else {}),
     )
     if ranks.is_main():
         write_json(outputs["metrics"], metrics)

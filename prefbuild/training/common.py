@@ -23,12 +23,18 @@ from prefbuild.machine import cpu_bf16
 from prefbuild.methods import StopRule, TrainOptions
 from prefbuild.training import ranks
 
-# Where a checkpoint has weights and optimizer, by how several processes share them (prefbuild/launch.py).
+# Where a checkpoint has its optimizer, and its weights where that is not WEIGHTS, by how processes share them (launch.py).
 STATE = {
-    None: {"adapter_model.safetensors", "optimizer.pt"},
-    "ddp": {"adapter_model.safetensors", "optimizer.pt"},
+    None: {"optimizer.pt"},
+    "ddp": {"optimizer.pt"},
     "fsdp": {"pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"},
     "zero3": {"latest"},
+}
+# And one of these where each process has all weights, by use_peft: a model of more than 50 GB is saved in several
+# files, with an index.
+WEIGHTS = {
+    True: ("adapter_model.safetensors",),
+    False: ("model.safetensors", "model.safetensors.index.json"),
 }
 
 NUM_POINTS_TO_APPEAR = 5  # logged points by which a metric that stop_if names must have come
@@ -92,7 +98,7 @@ def set_up(settings: TrainOptions, seed: int) -> bool:
 
 
 def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
-    """The base model to train an adapter on; with `quantization: nf4` its linear layers, but lm_head, in 4 bits.
+    """The model to train, or to train an adapter on; with `quantization: nf4` linear layers, but lm_head, in 4 bits.
 
     What peft.prepare_model_for_kbit_training is for is done by others: TRL freezes the base, lets gradients through to
     checkpointed layers and makes the adapter bf16, as the QLoRA paper has it. Norms compute in float32 by themselves.
@@ -108,16 +114,20 @@ def load_policy(settings: TrainOptions, model: Path, bf16: bool) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
             bnb_4bit_use_double_quant=False,
         )
-    dtype = "auto" if bf16 else torch.float32
+    # All weights are trained in float32, also where bf16 computes (by autocast): bf16 has 8 significant bits, so that a
+    # step below a 500th of a weight's size would be rounded away, and most steps are.
+    dtype = "auto" if bf16 and settings.use_peft else torch.float32
     return AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, local_files_only=True, use_safetensors=True, **quantized
     )
 
 
 def lora_config(settings: TrainOptions) -> Any:
-    """PEFT's config of the adapter."""
+    """PEFT's config of the adapter; None where all weights are trained."""
     from peft import LoraConfig
 
+    if not settings.use_peft:
+        return None
     return LoraConfig(**settings.lora.model_dump(), bias="none", task_type="CAUSAL_LM")
 
 
@@ -133,9 +143,10 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
     trainer.add_callback(Health(settings))
     if ranks.num_ranks() > 1:
         share_work(trainer)
-    if checkpoint:
+    if checkpoint and settings.use_peft:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
         trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
+    if checkpoint:
         # TRL 1.16 counts the tokens of a resumed run from 0
         logged = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         trainer._total_train_tokens = int(max(entry.get("num_tokens", 0) for entry in logged))
@@ -214,7 +225,7 @@ def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
 
 
 def machine() -> dict[str, str]:
-    """What the bytes depend on besides the recipe: the same values here promise the same adapter."""
+    """What the bytes depend on besides the recipe: the same values here promise the same adapter or weights."""
     import peft
     import torch
     import transformers
@@ -380,15 +391,18 @@ class Checkpoints(TrainerCallback):
             write_manifest(folder, stage="train", name="checkpoint", inputs={})
 
 
-def newest_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that is whole; half-written ones are removed."""
-    return ranks.from_main(lambda: _newest_checkpoint(work))
+def newest_checkpoint(work: Path, use_peft: bool = True) -> Path | None:
+    """The newest checkpoint that is whole, of an adapter or (`use_peft` false) a model; half-written ones go."""
+    return ranks.from_main(lambda: _newest_checkpoint(work, use_peft))
 
 
-def _newest_checkpoint(work: Path) -> Path | None:
+def _newest_checkpoint(work: Path, use_peft: bool) -> Path | None:
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
-            missing = needed_files() - set(verify_artifact(folder)["files"])
+            files = set(verify_artifact(folder)["files"])
+            missing = needed_files() - files
+            if ranks.strategy() in (None, "ddp") and not files & set(WEIGHTS[use_peft]):
+                missing.add(WEIGHTS[use_peft][0])
             if missing:
                 raise StageError(f"{folder}: lacks {', '.join(sorted(missing))}")
         except StageError as error:
@@ -401,13 +415,41 @@ def _newest_checkpoint(work: Path) -> Path | None:
 
 
 def needed_files() -> set[str]:
-    """The files that a checkpoint must have to go on from it."""
+    """The files that a checkpoint must have to go on from it, beside WEIGHTS."""
     num = ranks.num_ranks()
     random_states = {"rng_state.pth"} if num == 1 else {f"rng_state_{rank}.pth" for rank in range(num)}
     return STATE[ranks.strategy()] | random_states | {"scheduler.pt", "trainer_state.json"}
 
 
-def save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
+def save_trained(settings: TrainOptions, model: Any, folder: Path, base: dict[str, str], base_model: Path) -> None:
+    """Save what was trained: the adapter, or all weights. `base` names the base, `base_model` is its folder."""
+    if settings.use_peft:
+        _save_adapter(model, folder, base)
+    else:
+        _save_weights(model, folder, base_model)
+
+
+def _save_weights(model: Any, folder: Path, base_model: Path) -> None:
+    """Save a model as safetensors in the arithmetic it was trained in, with its base's config.
+
+    Trainer puts the tokenizer's special tokens and its own settings into the model's config; those are not trained.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if not ranks.is_main():
+        return
+    model.config = AutoConfig.from_pretrained(base_model, local_files_only=True)
+    model.generation_config = GenerationConfig()  # saving the base's own would fail on many that people publish
+    model.save_pretrained(folder)
+    generation_config = folder / "generation_config.json"
+    generation_config.unlink(missing_ok=True)
+    if (base_model / generation_config.name).exists():
+        shutil.copyfile(base_model / generation_config.name, generation_config)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
+
+
+def _save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
     """Save a PEFT model's adapter as safetensors, its config naming base and revision, byte for byte the same each time."""
     weights = ranks.whole_weights(model)
     if not ranks.is_main():

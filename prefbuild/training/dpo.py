@@ -1,7 +1,8 @@
-"""Direct preference optimisation with TRL's DPOTrainer and a LoRA adapter.
+"""Direct preference optimisation with TRL's DPOTrainer: a LoRA adapter, or all weights.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
-The reference is the base itself: the adapter is switched off, so no second model is loaded.
+The reference is the base with the adapter switched off; a second model is loaded only where all weights are trained,
+or another recipe's model is the reference.
 """
 
 import math
@@ -22,11 +23,12 @@ from prefbuild.training.common import (
     pick,
     read_ids,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
 )
+from prefbuild.training.reference import check_tokenizer, load_reference
 
 # A policy that is its reference gives 0 exactly, unless rounding differs: nats by which a whole answer may be likelier.
 TOLERANCE = 0.2
@@ -41,16 +43,17 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
+    reference: Path | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter on prepared rows and save it; returns the metrics of train.json.
+    """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number, or the reference is
-    not the base.
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    goes on from the newest whole one found there. `reference` is the folder of a reference that is not the base.
+    Raises StageError when the loss is no number, or the reference is not what it should be.
     """
     import trl.trainer.utils
     from datasets import Dataset
@@ -91,23 +94,30 @@ def train(
     train_rows = read_ids(prepared / "train.jsonl", PARTS["pairs"])
     held_out_rows = read_ids(prepared / "held_out.jsonl", PARTS["pairs"])
 
+    # ---- reference
+    if reference is not None:
+        check_tokenizer(model, reference, prepared / "train.jsonl", PARTS["pairs"])
+    reference_model = load_reference(settings, model, reference, bf16)
+    checks = [] if reference is not None else [Reference(settings)]
+
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = TokenizedDPOTrainer(
         model=load_policy(settings, model, bf16),
+        ref_model=reference_model,
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
         processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live), Reference(settings)],
+        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live), *checks],
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(last, "rewards/"),
@@ -119,7 +129,7 @@ def train(
 
 
 class Reference(TrainerCallback):
-    """The reference is checked where it can be: before the first update an adapter changes nothing.
+    """The reference is checked where it is the base: before the first update that is the model trained on.
 
     What is logged of step 1 was computed before its update.
     """
@@ -151,7 +161,7 @@ def check_reference(settings: DPO, first: dict[str, Any]) -> None:
     if max(abs(chosen), abs(rejected)) > TOLERANCE * settings.beta:
         raise StageError(
             f"step 1 has rewards of {chosen:.3g} (chosen) and {rejected:.3g} (rejected) before any update, where both "
-            "must be 0: the reference is not the model trained on with its adapter switched off. Check that the base "
+            "must be 0: the reference is not the model trained on as it is before training. Check that the base "
             "computes alike twice; with train.precision: float32 what is left is no rounding"
         )
     losses = set(settings.loss_type)

@@ -1,7 +1,7 @@
-"""Group relative policy optimisation with TRL's GRPOTrainer and a LoRA adapter.
+"""Group relative policy optimisation with TRL's GRPOTrainer: a LoRA adapter, or all weights.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
-With beta above 0 the reference is the base itself: the adapter is switched off, so no second model is loaded.
+With beta above 0 the reference is the base itself: the adapter is switched off, or TRL loads the base a second time.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from prefbuild.training.common import (
     lora_config,
     newest_checkpoint,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     trainer_arguments,
 )
@@ -30,14 +30,14 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Train an adapter on prepared prompts and save it; returns the metrics of train.json.
+    """Train on prepared prompts and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
     goes on from the newest whole one found there. Raises StageError when the loss is no number, there are too few
     prompts, or a reward fails.
     """
@@ -70,7 +70,7 @@ def train(
     prompts = Prompts(settings, prepared, tokenizer)
 
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = as_prepared(GRPOTrainer)(
         model=load_policy(settings, model, bf16),
         args=arguments,
@@ -86,5 +86,5 @@ def train(
 
     # ---- measure and save
     metrics = prompts.metrics(trainer, result, history, bf16, before)
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     return metrics

@@ -1,7 +1,8 @@
-"""Kahneman-Tversky optimisation on answers marked good or bad, with TRL's KTOTrainer and a LoRA adapter.
+"""Kahneman-Tversky optimisation on answers marked good or bad, with TRL's KTOTrainer: a LoRA adapter, or all weights.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
-The reference is the base itself: the adapter is switched off, so no second model is loaded.
+The reference is the base with the adapter switched off; a second model is loaded only where all weights are trained,
+or another recipe's model is the reference.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.errors import StageError
-from prefbuild.methods import KTO
+from prefbuild.methods import KTO, PARTS
 from prefbuild.training.common import (
     Checkpoints,
     Curves,
@@ -21,11 +22,12 @@ from prefbuild.training.common import (
     newest_checkpoint,
     pick,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
 )
+from prefbuild.training.reference import check_tokenizer, load_reference
 
 Row = dict[str, Any]
 
@@ -102,16 +104,18 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
+    reference: Path | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter on prepared rows and save it; returns the metrics of train.json.
+    """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number, and for rows that
-    KTO can't learn from.
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    goes on from the newest whole one found there. `reference` is the folder of a reference that is not the base.
+    Raises StageError when the loss is no number, for rows that KTO can't learn from, and for a reference of another
+    tokenizer.
     """
     import trl.trainer.utils
     from datasets import Dataset
@@ -149,10 +153,16 @@ def train(
     check_verdicts(prepared / "train.jsonl", train_rows, settings)
     check_held_out(prepared / "held_out.jsonl", held_out_rows)
 
+    # ---- reference
+    if reference is not None:
+        check_tokenizer(model, reference, prepared / "train.jsonl", PARTS["labelled"])
+    reference_model = load_reference(settings, model, reference, bf16)
+
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = TokenizedKTOTrainer(
         model=load_policy(settings, model, bf16),
+        ref_model=reference_model,
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
@@ -166,7 +176,7 @@ def train(
     # A batch may have answers of one kind alone, so of each number it is the last there was.
     latest = {key: value for entry in history for key, value in entry.items()}
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(latest, "rewards/"),

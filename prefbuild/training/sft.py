@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on answers with TRL's SFTTrainer and a LoRA adapter. The loss is on the answers alone.
+"""Supervised fine-tuning on answers, and their tokens alone, with TRL's SFTTrainer: a LoRA adapter, or all weights.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
@@ -16,7 +16,7 @@ from prefbuild.training.common import (
     newest_checkpoint,
     read_ids,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
@@ -38,14 +38,14 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Train an adapter on prepared rows and save it; returns the metrics of train.json.
+    """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
     goes on from the newest whole one found there. Raises StageError when the loss is no number.
     """
     import trl.trainer.utils
@@ -74,7 +74,7 @@ def train(
     held_out_rows = [labelled(row) for row in read_ids(prepared / "held_out.jsonl", PARTS["answers"])]
 
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = TokenizedSFTTrainer(
         model=load_policy(settings, model, bf16),
         args=arguments,
@@ -91,7 +91,7 @@ def train(
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     measured = ("loss", "mean_token_accuracy", "entropy")
     return {
         **shared_metrics(trainer, result, history, bf16),

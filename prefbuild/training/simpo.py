@@ -1,4 +1,4 @@
-"""Simple preference optimisation with TRL's CPOTrainer and a LoRA adapter. There is no reference model.
+"""Simple preference optimisation with TRL's CPOTrainer: a LoRA adapter, or all weights. There is no reference.
 
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
@@ -17,7 +17,7 @@ from prefbuild.training.common import (
     pick,
     read_ids,
     run_trainer,
-    save_adapter,
+    save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
@@ -32,14 +32,14 @@ def train(
     base: dict[str, str],
     model: Path,
     prepared: Path,
-    adapter: Path,
+    trained: Path,
     live: Path,
     work: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Train an adapter on prepared rows and save it; returns the metrics of train.json.
+    """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
+    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
     goes on from the newest whole one found there. Raises StageError when the loss is no number.
     """
     from datasets import Dataset
@@ -70,7 +70,7 @@ def train(
     held_out_rows = read_ids(prepared / "held_out.jsonl", PARTS["pairs"])
 
     # ---- train
-    checkpoint = newest_checkpoint(work)
+    checkpoint = newest_checkpoint(work, settings.use_peft)
     trainer = PreparedCPOTrainer(
         model=load_policy(settings, model, bf16),
         args=arguments,
@@ -85,7 +85,7 @@ def train(
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_adapter(trainer.model, adapter, base)
+    save_trained(settings, trainer.model, trained, base, model)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(last, "rewards/"),

@@ -9,11 +9,13 @@ from prefbuild.artifact import write_manifest
 from prefbuild.methods import METHODS, SHAPES
 from prefbuild.training.common import needed_files, newest_checkpoint
 
+FILES = {"adapter_model.safetensors", *needed_files()}
+
 
 def checkpoint(work: Path, step: int) -> Path:
     folder = work / f"checkpoint-{step}"
     folder.mkdir()
-    for name in needed_files():
+    for name in FILES:
         (folder / name).write_text(f"{name} {step}")
     write_manifest(folder, stage="train", name="checkpoint", inputs={})
     return folder
@@ -29,7 +31,7 @@ def test_none_is_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", sorted(needed_files()))
+@pytest.mark.parametrize("name", sorted(FILES))
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
     whole = checkpoint(tmp_path, 2)
@@ -44,12 +46,23 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path: Path, nam
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-@pytest.mark.parametrize("name", sorted(needed_files()))
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_a_manifest_without_a_needed_file_does_not_count(tmp_path: Path, name: str) -> None:
     folder = checkpoint(tmp_path, 4)
     (folder / name).unlink()
     write_manifest(folder, stage="train", name="checkpoint", inputs={})
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_checkpoint_of_all_weights_has_a_model(tmp_path: Path, weights: str) -> None:
+    folder = checkpoint(tmp_path, 4)
+    (folder / "adapter_model.safetensors").rename(folder / weights)
+    write_manifest(folder, stage="train", name="checkpoint", inputs={})
+    assert newest_checkpoint(tmp_path, use_peft=False) == folder
+    (folder / weights).unlink()
+    write_manifest(folder, stage="train", name="checkpoint", inputs={})
+    assert newest_checkpoint(tmp_path, use_peft=False) is None
 
 
 def test_an_empty_checkpoint_does_not_count(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ MAY_LACK = {"kl"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_two_steps_on_the_real_model(method: str, quantization: str | None, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["lora", "qlora", "full"])
+def test_two_steps_on_the_real_model(method: str, how: str, smollm2: Path, tmp_path: Path) -> None:
     prepared = write_prepared(tmp_path / "prepared", smollm2, SHAPES[method])
-    settings = SETTINGS | {"quantization": quantization}
+    settings = SETTINGS | ({"quantization": "nf4"} if how == "qlora" else {})
+    if how == "full":
+        settings = {key: value for key, value in SETTINGS.items() if key != "lora"} | {"use_peft": False}
     metrics = train(tmp_path, method, smollm2, prepared, max_steps=2, **settings)
     assert metrics["steps"] == 2 and metrics["grad_norm"]["max"] > 0
     assert metrics["machine"]["precision"] == "bf16" and "NVIDIA" in metrics["machine"]["device"]
@@ -29,7 +31,9 @@ def test_two_steps_on_the_real_model(method: str, quantization: str | None, smol
         for part in key.split("."):
             value = value[part]
         assert isinstance(value, int | float), key
-    assert "adapter_model.safetensors" in digest(tmp_path)
+    assert ("model" if how == "full" else "adapter_model") + ".safetensors" in digest(tmp_path)
+    if method == "dpo":
+        assert metrics["step_0"]["margins"] == 0  # a second model computes what the first does
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

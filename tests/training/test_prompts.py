@@ -58,7 +58,7 @@ def run(folder: Path, model: Path, prepared: Path, options: Any, work: Path | No
         base=BASE,
         model=model,
         prepared=prepared,
-        adapter=folder / "adapter",
+        trained=folder / "adapter",
         live=folder / "live",
         work=work or folder / "work",
         name="test",
