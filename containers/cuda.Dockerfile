@@ -33,6 +33,15 @@ RUN /opt/prefbuild/bin/pip install --no-cache-dir --progress-bar off --require-h
  && /opt/prefbuild/bin/pip check \
  && echo /opt/prefbuild/code > "$(/opt/prefbuild/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/prefbuild.pth"
 
+# Packages of train.report_to, for `prefbuild image build cuda --tracking`.
+ARG TRACKING=
+COPY requirements-tracking.txt /opt/prefbuild/requirements/
+RUN if [ -n "$TRACKING" ]; then \
+      /opt/prefbuild/bin/pip install --no-cache-dir --progress-bar off --require-hashes --no-deps \
+        -r /opt/prefbuild/requirements/requirements-tracking.txt \
+      && /opt/prefbuild/bin/pip check; \
+    fi
+
 # The root is read-only when a stage runs, so only /tmp can be a home. PYTHONSAFEPATH: the working directory is the
 # project, and a folder of its that is named as one of our modules must not be taken for it.
 # NVIDIA_DRIVER_CAPABILITIES: which of the driver's libraries NVIDIA's container toolkit brings in.

@@ -25,6 +25,13 @@ compile requirements-cpu.txt pyproject.toml "${cpu[@]}" --overrides <(echo "$tor
 # Torch alone: it is asked for where nothing else is.
 awk '/^[^ ]/ { keep = /^#|^torch==/ } keep' containers/requirements-cpu.txt >containers/requirements-cpu-torch.txt
 
+# What train.report_to needs, on any Python from 3.11 on: `prefbuild image build ROLE --tracking`.
+python3 - <<'END' | compile requirements-tracking.txt - --universal
+import tomllib
+extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+print(*(line for name in ("tensorboard", "wandb", "mlflow", "trackio") for line in extras[name]), sep="\n")
+END
+
 # PyPI's torch brings CUDA and Triton. Any Python from 3.11 on; docker is what starts containers, not what runs in them.
 echo "$torch" | compile requirements-cuda-torch.txt - --universal
 compile requirements-cuda.txt pyproject.toml --universal --no-emit-package docker

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("role", metavar="ROLE", help="cpu, cuda, or your own containers/ROLE.Dockerfile")
     sub.add_argument("--base", metavar="IMAGE", help="build on this image instead of the Dockerfile's")
     sub.add_argument("--network", metavar="NAME", help="the engine's network for the build, such as host")
+    sub.add_argument("--tracking", action="store_true", help="with the packages that train.report_to needs")
 
     sub = command(
         "lock",
@@ -202,6 +203,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("b", metavar="B", nargs="?", help="the other; default: the files as they are")
     sub.add_argument("--recipe", metavar="NAME", help="only this recipe, between revisions")
     sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = command(
+        "track",
+        _track,
+        "where training was tracked, how to see it, and sending it to Weights & Biases",
+        "prefbuild track my-model --to wandb",
+    )
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument(
+        "--to", choices=["wandb"], help="send what was tracked offline, with your own login; default: say what is there"
+    )
 
     sub = command(
         "generate", _generate, "ask a built model", 'prefbuild generate smollm2-concise "What is the capital of Peru?"'
@@ -318,7 +330,9 @@ def _lock(arguments: argparse.Namespace) -> int:
 def _image_build(arguments: argparse.Namespace) -> int:
     from prefbuild.image import build
 
-    print("\n".join(build(_enter_project(), arguments.role, base=arguments.base, network=arguments.network)))
+    root, role = _enter_project(), arguments.role
+    lines = build(root, role, base=arguments.base, network=arguments.network, tracking=arguments.tracking)
+    print("\n".join(lines))
     return 0
 
 
@@ -480,6 +494,17 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stream=True,
     )
+    return 0
+
+
+def _track(arguments: argparse.Namespace) -> int:
+    from prefbuild.recipe import known_recipes, load_recipes
+    from prefbuild.track import send, track
+
+    known_recipes([arguments.name], load_recipes(_enter_project()))
+    if arguments.to:
+        return send(arguments.name, arguments.to)
+    print(track(arguments.name))
     return 0
 
 

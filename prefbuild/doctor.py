@@ -30,6 +30,7 @@ from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
 from prefbuild.sources import node_id, title
 from prefbuild.status import lock_problems
+from prefbuild.track import how_to_install, not_installed
 
 OLDEST_PYTHON = (3, 11)
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -114,6 +115,7 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
         *processor(recipe, gpus, shape, idle=len(there) - len(gpus)),
         memory(recipe, gpus, shape),
         *containers(project, recipe, runner),
+        *tracking(project, recipe, runner),
         *promotion(recipe),
     ]
 
@@ -280,6 +282,38 @@ def _index_problem(package: str, version: str) -> str:
         return (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
     versions = re.findall(r"[^\s,]+", done.stdout.partition("Available versions:")[2])
     return "" if version in versions else f"the index has no version {version}"
+
+
+# ---- tracking
+
+
+def tracking(project: Project, recipe: Recipe, runner: str) -> list[Finding]:
+    """The packages of train.report_to, where it will train: in this Python, or in the pinned image."""
+    report_to: list[str] = list(recipe.train.report_to)
+    if not report_to:
+        return []
+    needed = ", ".join(report_to)
+    if runner == "docker":
+        from prefbuild import image
+        from prefbuild.engine import connect, find_image
+
+        role = recipe.compute.role
+        try:
+            labels = find_image(connect(), locked_image(project.lock, role), role).labels
+        except (LockError, StageError):
+            return []  # `containers` says what is wrong with it
+        if image.has_trackers(labels):
+            return [Finding(what="tracking", state="ok", found=f"image {role} has {needed}")]
+        fix = f"prefbuild image build {role} --tracking (what ran in the old image runs again)"
+        return [Finding(what="tracking", state="missing", found=f"image {role} has none", needed=needed, fix=fix)]
+    if missing := not_installed(report_to):
+        found = f"{', '.join(missing)} not installed"
+        return [
+            Finding(
+                what="tracking", state="missing", found=found, needed="train.report_to", fix=how_to_install(missing)
+            )
+        ]
+    return [Finding(what="tracking", state="ok", found=f"{needed} installed")]
 
 
 # ---- promotion

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent
 SHIPPED = PACKAGE / "templates" / "containers"
 PYTHON = "/opt/prefbuild/bin/python"
+TRACKING = re.compile(r"^ARG\s+TRACKING=", re.MULTILINE)
 BASE = re.compile(r"^ARG\s+BASE(?:=(\S+))?\s*$", re.MULTILINE)
 # What pip, apt and the engine say when a build has no network or no names in it.
 NETWORK_TROUBLE = re.compile(
@@ -48,6 +49,11 @@ def is_current(image: "Image") -> bool:
     return bool(image.labels.get("prefbuild.code") == code_digest())
 
 
+def has_trackers(labels: dict[str, str]) -> bool:
+    """Whether an image was built with the packages of train.report_to."""
+    return labels.get("prefbuild.tracking") == "yes"
+
+
 def package_files() -> dict[str, Path]:
     """The package's own files by their path in it, without what only makes images, caches and hidden files."""
     return {
@@ -55,19 +61,29 @@ def package_files() -> dict[str, Path]:
     }  # fmt: skip
 
 
-def build(root: Path, role: str, *, base: str | None = None, network: str | None = None) -> list[str]:
+def build(
+    root: Path, role: str, *, base: str | None = None, network: str | None = None, tracking: bool = False
+) -> list[str]:
     """Make a role's image and pin it; prints the build as it goes and returns the lines that say what changed.
 
-    `base` is an image to build on instead of the Dockerfile's own; `network` is the engine's network for the build.
+    `base` is an image to build on instead of the Dockerfile's own; `network` is the engine's network for the build;
+    with `tracking` the image has the packages of train.report_to.
     Raises UsageError for a role without a Dockerfile, StageError for a build that fails: the step, why, what to do.
     """
     files = _context_files(root, role)
     dockerfile = files[f"{role}.Dockerfile"]
+    if tracking and not TRACKING.search(dockerfile.read_text(encoding="utf-8")):
+        raise UsageError(
+            f"{_shown(dockerfile, root)}: takes no --tracking; write `ARG TRACKING=`, and install "
+            "requirements-tracking.txt where that is not empty, as cpu.Dockerfile does"
+        )
     before = read_lock(root)["images"].get(role)
     client = connect()
     print(f"building image {role} from {_shown(dockerfile, root)}")
     labels = {"prefbuild.role": role, "prefbuild.version": __version__, "prefbuild.code": code_digest()}
     arguments = {}
+    if tracking:
+        arguments["TRACKING"] = labels["prefbuild.tracking"] = "yes"
     reference = _base(dockerfile, root, base)
     if reference is not None:
         image = _base_image(client, reference)

@@ -5,6 +5,7 @@ What crosses to a runner is an argv, folders, an environment and an exit code; n
     PREFBUILD_WORK         the stage's work folder
     PREFBUILD_OUT          where outputs go, by their paths in the project; unset: the project itself
     PREFBUILD_GPUS         GPUs that the worker must see; PREFBUILD_GPU_MEMORY: bytes that each must have
+    PREFBUILD_REPORT_TO    trackers of a training, which write to the folder PREFBUILD_TRACKING
     PREFBUILD_IMAGE        ID of the image the worker runs in; unset outside of one
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from prefbuild.artifact import digest_of, input_digest, list_special, read_json
 from prefbuild.errors import StageError, UsageError
 from prefbuild.resolve import STAGE_VERSIONS, Section, resolved_path
+from prefbuild.track import TRACKING
 
 NETWORK_STAGES = {"model", "data"}
 WORK = "build/.work"
@@ -114,6 +116,10 @@ def make_job(stage: str, name: str) -> Job:
     env |= {"PREFBUILD_WORK": str(work), "PREFBUILD_GPUS": str(section["gpus"])}
     if section["gpus"] and compute["gpu_memory"]:
         env["PREFBUILD_GPU_MEMORY"] = str(compute["gpu_memory"])
+    caches = [Path(WORK, "evaluations")] if stage in ("evaluate", "baseline") else []
+    if stage == "train" and (report_to := compute.get("report_to")):
+        caches = [Path(TRACKING, name)]
+        env |= {"PREFBUILD_REPORT_TO": ",".join(report_to), "PREFBUILD_TRACKING": str(caches[0])}
     if not section["gpus"]:
         env["CUDA_VISIBLE_DEVICES"] = ""  # a recipe for the CPU gives the same bytes on a machine that has a GPU too
     return Job(
@@ -123,7 +129,7 @@ def make_job(stage: str, name: str) -> Job:
         inputs=[Path(resolved_path(stage, name)), *inputs],
         outputs=[Path(path) for path in section["outputs"].values()],
         work=work,
-        caches=[Path(WORK, "evaluations")] if stage in ("evaluate", "baseline") else [],
+        caches=caches,
         env=env,
         network=stage in NETWORK_STAGES,
         gpus=section["gpus"],

@@ -23,6 +23,7 @@ LossType = Literal[
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses in which TRL 1.16 uses label_smoothing
 # The losses that TRL lets measure distance in other ways than reverse KL.
 F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"]
 
 
@@ -118,9 +119,23 @@ class TrainOptions(Strict):
     deterministic: bool = Field(default=True, description="The same machine gives the same bytes; costs 10 % on a GPU.")
     logging_steps: int = Field(default=1, ge=1, description="Steps between two logged points.")
     save_steps: int = Field(default=20, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
+    # No part of a dump: it changes no result, so it stands beside the sections, under compute.
+    report_to: list[Tracker] = Field(
+        default=[],
+        exclude=True,
+        description="Where curves go besides DVCLive, which always has them. Trackers write below build/.tracking while "
+        "training; `prefbuild track` shows them, and sends what goes to a service.",
+    )
     stop_if: list[StopRule] = Field(
         default=[], description="Any of these ends a run that diverges; what is trained is saved as it is then."
     )
+
+    @model_validator(mode="after")
+    def _tracked_once(self) -> "TrainOptions":
+        for name in self.report_to:
+            if self.report_to.count(name) > 1:
+                raise Wrong("report_to", f"names {name} twice; write it once")
+        return self
 
     @model_validator(mode="after")
     def _adapter_or_not(self) -> "TrainOptions":

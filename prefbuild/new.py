@@ -32,6 +32,7 @@ GITIGNORE = """\
 DVCIGNORE = """\
 # Checkpoints, locks and caches: not results.
 /build/.work
+/build/.tracking
 /registry
 /.venv
 __pycache__

@@ -20,7 +20,18 @@ from pydantic.fields import FieldInfo
 from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
-from prefbuild.methods import PARTS, SHAPES, TRAIN_METRICS, Train, reference_recipe, split_batch, train_metrics
+from prefbuild.methods import (
+    GRPO,
+    PARTS,
+    RLOO,
+    SHAPES,
+    TRAIN_METRICS,
+    Tracker,
+    Train,
+    reference_recipe,
+    split_batch,
+    train_metrics,
+)
 from prefbuild.rows import reasons
 from prefbuild.strict import Strict, Wrong, Wrongs
 from prefbuild.yamlfile import Document, Loc, dotted, kind, show, show_path
@@ -642,7 +653,7 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
 
 
 def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
-    """Gates on numbers that no prepare, train or merge stage of the method writes."""
+    """Gates on numbers that no prepare, train or merge stage of the method writes, or not with these settings."""
     known = metrics(SHAPES[train.method], train, sampled=data.sampled)
     for i, gate in enumerate(gates):
         stage, _, key = gate.metric.partition(".")
@@ -653,6 +664,19 @@ def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tu
                 f"{show(gate.metric)} is no metric{f' of {train.method}' * elsewhere}; "
                 f"{_did_you_mean(key, known[stage], prefix=stage + '.')}",
             )
+        elif stage == "train" and (never := _never_measured(key, train, data)):
+            yield ("gates", i, "metric"), f"{show(gate.metric)} is never measured: {never}, or remove the gate"
+
+
+def _never_measured(key: str, train: Train, data: Data) -> str:
+    """Why train.json lacks a metric of the method with these settings, and what to change; empty when it has it."""
+    if key == "kl" and isinstance(train, GRPO | RLOO) and train.beta == 0:
+        return "train.beta is 0, where no KL is computed; give beta"
+    # Methods on prompts write the answers to held-out prompts before training too.
+    of_held_out = ("held_out.", "step_0.") if SHAPES[train.method] == "prompts" else ("held_out.",)
+    if key.startswith(of_held_out) and data.held_out == 0:
+        return "data.held_out is 0, so there is nothing to measure on; give held_out, as in 0.05"
+    return ""
 
 
 class EvaluateDefaults(Strict):
@@ -670,6 +694,7 @@ class TrainDefaults(Strict):
     deterministic: bool | None = Field(default=None, description="See train in a recipe.")
     logging_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
     save_steps: int | None = Field(default=None, ge=1, description="See train in a recipe.")
+    report_to: list[Tracker] | None = Field(default=None, description="See train in a recipe.")
 
 
 class Defaults(Strict):
@@ -955,6 +980,9 @@ OTHER_KEYS = {
     "wd": "train.weight_decay",
     "grad_clip": "train.max_grad_norm",
     "gradient_clipping": "train.max_grad_norm",
+    "logger": "train.report_to",
+    "loggers": "train.report_to",
+    "tracking": "train.report_to",
     "full_determinism": "train.deterministic",
     "mixed_precision": "train.precision",
     "peft": "train.lora",
@@ -1053,7 +1081,6 @@ NOT_HERE = {
     "full_finetune": _FULL,
     "full_finetuning": _FULL,
     "finetuning_type": _FULL,
-    "report_to": "metrics go to DVCLive; remove it",
     "run_name": "a run is named by its recipe; remove it",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
@@ -1091,6 +1118,9 @@ OTHER_VALUES = {
     ("precision", "bfloat16"): "did you mean bf16?",
     **{("precision", name): "did you mean float32?" for name in ("fp32", "32", "no")},
     **{("precision", name): "float16 overflows; did you mean bf16?" for name in ("fp16", "float16", "16")},
+    ("report_to", "dvclive"): "DVCLive always has the curves, leave it out",
+    ("report_to", "none"): "leave the key out, or write []",
+    ("report_to", "all"): "name them",
     ("optim", "adamw"): "did you mean adamw_torch?",
     ("optim", "adam"): "did you mean adamw_torch?",
     ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",

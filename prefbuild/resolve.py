@@ -5,7 +5,7 @@
 A section is all a stage is told: {"version", "image", "gpus", "inputs": {role: path}, "outputs": {role: path},
 "settings"}. `version` is raised below when a stage's code changes what it makes from the same settings; `image` is the
 ID of the image it runs in, null when none is locked. Beside the sections stands "compute": what a runner must know and
-what changes no result (limits, where the image is found), so a change there runs nothing again.
+what changes no result (limits, where the image is found, trackers), so a change there runs nothing again.
 """
 
 import hashlib
@@ -144,6 +144,9 @@ def resolve(project: Project, *, pinned: bool = True) -> Resolved:
         # What several recipes share runs once: fetching needs the least of their machines, a baseline the largest.
         choose = max if "baseline" in sections else min
         _place(sections, choose(computes[path] or [Compute()], key=lambda c: (c.gpus, c.role)), project.lock)
+    for name, recipe in project.recipes.items():
+        if recipe.train.report_to:
+            resolved[resolved_path("train", name)]["compute"]["report_to"] = list(recipe.train.report_to)
     if unpinned and pinned:
         raise LockError("\n".join(dict.fromkeys(unpinned)))
     return dict(sorted(resolved.items()))

@@ -431,10 +431,31 @@ def _messages(raw: Raw, column: str, role: str, form: str | None = None) -> list
         if more := [key for key in message if key not in ("role", "content") and message[key] is not None]:
             raise _Drop("broken", f"{which} has {', '.join(more)}, which would be lost; a message is {{role, content}}")
         content = "" if message["content"] is None else message["content"]
+        if isinstance(content, list):
+            content = _joined(content, which)
         if not isinstance(content, str):
             raise _Drop("broken", f"the content of {which} is {_kind(content)}, not text")
         messages.append({"role": message["role"], "content": _encodable(content, which)})
     return messages
+
+
+def _joined(parts: list[Any], which: str) -> str:
+    """The text of a content that is a list of parts, {type: text, text: ...}, as OpenAI's exports have it."""
+    texts = []
+    for number, part in enumerate(parts, start=1):
+        here = f"part {number} of the content of {which}"
+        if not isinstance(part, dict):
+            raise _Drop("broken", f"{here} is {_kind(part)}, not an object")
+        if part.get("type") != "text":
+            of = f"of type {part['type']!r}" if "type" in part else "of no type"
+            raise _Drop("broken", f"{here} is {of}; only text can be trained on")
+        if not isinstance(part.get("text"), str):
+            raise _Drop("broken", f"{here} has no text")
+        # Parquet fills the keys that other parts have with null.
+        if more := [key for key, value in part.items() if key not in ("type", "text") and value is not None]:
+            raise _Drop("broken", f"{here} has {', '.join(map(str, more))}, which would be lost")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _transcript(value: Any, name: str) -> Any:

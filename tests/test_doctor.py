@@ -36,6 +36,7 @@ from prefbuild.lock import lock
 from prefbuild.methods import DPO, METHODS
 from prefbuild.recipe import Compute, Recipe, load_recipes
 from prefbuild.resolve import load_project
+from prefbuild.track import MODULES
 
 SMOLLM2 = Shape(
     num_parameters=134_515_008,
@@ -95,6 +96,15 @@ def by_what(findings: list[Finding]) -> dict[str, Finding]:
 
 
 # ---- this machine
+
+
+def test_a_tracker_that_is_not_installed_is_missing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(project / "recipes/a.yaml", "  method: dpo", "  method: dpo\n  report_to: [tensorboard, wandb]")
+    assert by_what(doctor(project, "a"))["tracking"].found == "tensorboard, wandb installed"
+    monkeypatch.setitem(MODULES, "wandb", ("no_such_module",))
+    found = by_what(doctor(project, "a"))["tracking"]
+    assert (found.state, found.found) == ("missing", "wandb not installed")
+    assert found.fix == f"{sys.executable} -m pip install 'prefbuild[wandb]'"
 
 
 def test_a_sound_project_on_this_machine_lacks_nothing(project: Path) -> None:

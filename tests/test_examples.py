@@ -10,7 +10,7 @@ from prefbuild.methods import METHODS, reward_columns
 from prefbuild.recipe import Recipe, data_settings, load_recipes
 from prefbuild.rows import read_rows
 
-FOLDERS = ("examples", "headline")  # not recipes of this repository's own build
+FOLDERS = ("examples", "examples/chain", "headline")  # not recipes of this repository's own build
 EXAMPLES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / "recipes" / folder).glob("*.yaml"))
 
 
@@ -19,13 +19,13 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Recipe]:
     """The examples as a user has them who copies them into recipes/, where what they say of each other is checked."""
     loaded = {}
     for folder in FOLDERS:
-        project = tmp_path_factory.mktemp(folder)
+        project = tmp_path_factory.mktemp("project")
         shutil.copytree(ROOT / "recipes", project / "recipes")
         shutil.copy(ROOT / "params.yaml", project)
         for path in (ROOT / "recipes" / folder).glob("*.yaml"):
             shutil.copy(path, project / "recipes")
         recipes = load_recipes(project)
-        loaded |= {path: recipes[path.stem] for path in EXAMPLES if path.parent.name == folder}
+        loaded |= {path: recipes[path.stem] for path in EXAMPLES if path.parent == Path("recipes", folder)}
     return loaded
 
 

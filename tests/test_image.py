@@ -101,6 +101,12 @@ def test_the_same_files_give_the_same_context_whatever_their_times_and_owners(ro
     assert image._context(image._context_files(root, "small")).read() != first
 
 
+def test_tracking_is_for_dockerfiles_that_take_it(root: Path) -> None:
+    write_role(root, "small", SMALL)
+    with pytest.raises(UsageError, match=r"containers/small.Dockerfile: takes no --tracking; write `ARG TRACKING=`"):
+        image.build(root, "small", tracking=True)
+
+
 def test_a_projects_file_takes_the_place_of_the_shipped_one(root: Path) -> None:
     write_role(root, "cpu", SMALL)
     files = image._context_files(root, "cpu")
@@ -192,7 +198,7 @@ def test_the_shipped_dockerfiles_pin_their_base_and_set_what_jobs_count_on(path:
     text = path.read_text()
     base = image.BASE.search(text)
     assert base and re.fullmatch(r"[a-z0-9./_:-]+@sha256:[0-9a-f]{64}", base[1])
-    assert re.findall(r"^ARG", text, re.MULTILINE) == ["ARG"]
+    assert re.findall(r"^ARG (\w+)=", text, re.MULTILINE) == ["BASE", "TRACKING"]
     for name, value in OFFLINE.items():
         assert f"{name}={value}" in text
 

@@ -147,7 +147,10 @@ def test_every_known_metric_can_be_gated(method: str) -> None:
     train = METHODS[method].model_validate({"method": method, **NEEDS.get(method, {})})
     known = [f"{stage}.{key}" for stage, keys in metrics(SHAPES[method], train).items() for key in keys]
     gates = "\n".join(f"  - {{metric: {metric}, min: 0.5}}" for metric in known)
-    X.write_text(of_method(method, ("  - metric: evaluate.concise.exact_match\n    min: 0.5", gates)))
+    text = of_method(method, ("  - metric: evaluate.concise.exact_match\n    min: 0.5", gates))
+    # What some settings leave unmeasured is refused: no held-out prompts, and GRPO without KL.
+    text = text.replace("data:\n", "data:\n  held_out: 0.1\n").replace("method: grpo", "method: grpo\n  beta: 0.1")
+    X.write_text(text)
     assert [gate.metric for gate in load_recipe(X, Defaults()).gates] == known
     assert len(set(known)) == len(known) > 30
 
@@ -654,7 +657,7 @@ def test_all_problems_of_all_files_come_at_once_in_order() -> None:
     assert problems() == [
         "params.yaml:1: seed: is text 'x'; a whole number is wanted",
         "params.yaml:3: train.lr: unknown key; each recipe says this for itself, here go only precision, deterministic, "
-        "logging_steps, save_steps",
+        "logging_steps, save_steps, report_to",
         "recipes/My Model.yaml:1: 'My Model' cannot be a recipe's name; rename the file to lower-case letters, digits, - "
         "and _, at most 63, beginning and ending with a letter or digit",
         f"recipes/My Model.yaml:8: train.method: 'dpoo' is not known; did you mean dpo? (known: {METHOD_NAMES})",
@@ -800,6 +803,44 @@ def test_a_gate_asks_for_what_its_method_writes(method: str, metric: str, messag
     X.write_text(of_method(method, ("evaluate.concise.exact_match", metric)))
     (problem,) = problems()
     assert f": gates[0].metric: {message}" in problem
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "edit", "message"),
+    [
+        ("grpo", "train.kl", "", "train.beta is 0, where no KL is computed; give beta, or remove the gate"),
+        ("rloo", "train.kl", "beta: 0.0", "train.beta is 0, where no KL is computed; give beta, or remove the gate"),
+        ("rloo", "train.kl", "beta: 0.05", ""),
+        ("kto", "train.kl", "", ""),
+        ("dpo", "train.held_out.loss", "", "data.held_out is 0, so there is nothing to measure on; give held_out, as in 0.05"),
+        ("dpo", "train.step_0.loss", "", ""),
+        ("grpo", "train.step_0.reward", "", "data.held_out is 0, so there is nothing to measure on; give held_out, as"),
+    ],
+)  # fmt: skip
+def test_a_gate_on_what_these_settings_never_measure_is_said(method: str, metric: str, edit: str, message: str) -> None:
+    text = of_method(method, ("evaluate.concise.exact_match", metric))
+    X.write_text(text.replace(f"  method: {method}", f"  method: {method}\n  {edit}"))
+    if message:
+        (problem,) = problems()
+        assert f": gates[0].metric: '{metric}' is never measured: {message}" in problem
+        X.write_text(text.replace("data:\n", "data:\n  held_out: 0.1\n"))
+    if "held_out" in message or not message:
+        load_recipes(Path())
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("wandb", "train.report_to: is text 'wandb'; a list is wanted, write [wandb]"),
+        ("[dvclive]", "train.report_to[0]: 'dvclive' is not known; DVCLive always has the curves, leave it out"),
+        ("[wandb, wandb]", "train.report_to: names wandb twice; write it once"),
+        ("[tensorbord]", "train.report_to[0]: 'tensorbord' is not known; did you mean tensorboard?"),
+    ],
+)
+def test_report_to_names_trackers(written: str, message: str) -> None:
+    X.write_text(edited(("  method: dpo", f"  method: dpo\n  report_to: {written}")))
+    (problem,) = problems()
+    assert message in problem
 
 
 def test_prepare_is_told_what_its_rows_need_and_no_more() -> None:
@@ -993,7 +1034,7 @@ def test_every_default_is_a_setting_of_a_recipe_with_the_same_limits() -> None:
     ("text", "message"),
     [
         ("train: {learning_rate: 1}", "train.learning_rate: unknown key; each recipe says this for itself, here go only "
-         "precision, deterministic, logging_steps, save_steps"),
+         "precision, deterministic, logging_steps, save_steps, report_to"),
         ("gates: []", "gates: unknown key; each recipe says this for itself, here go only seed, train, evaluate, compute"),
         ("train: {save_step: 1}", "train.save_step: unknown key; did you mean save_steps?"),
         ("batch_size: 1", "batch_size: unknown key; it belongs in evaluate"),

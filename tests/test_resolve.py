@@ -42,6 +42,17 @@ def test_params_yaml_is_inherited_and_the_recipe_wins(project: Path) -> None:
     assert section(project, "train")["settings"]["train"]["save_steps"] == 2
 
 
+def test_trackers_stand_beside_the_sections_and_are_inherited(project: Path) -> None:
+    before, compute = section(project, "train"), section(project, "compute")
+    assert "report_to" not in compute
+    text = (ROOT / "params.yaml").read_text().replace("train:\n", "train:\n  report_to: [wandb, mlflow]\n")
+    (project / "params.yaml").write_text(text)
+    assert section(project, "compute") == compute | {"report_to": ["wandb", "mlflow"]}
+    assert section(project, "train") == before
+    (project / "recipes/first.yaml").write_text(RECIPE.replace("train:\n", "train:\n  report_to: []\n"))
+    assert section(project, "compute") == compute
+
+
 def test_nothing_is_pinned_until_it_is_locked(project: Path) -> None:
     (project / "prefbuild.lock.yaml").unlink()
     with pytest.raises(LockError) as caught:

@@ -17,11 +17,11 @@ from prefbuild.rows import Dropped, Row, check_columns, read_rows, read_source, 
 GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "A colour is blue."}
 
 
-def user(text: str) -> dict[str, str]:
+def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, str]:
+def assistant(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -86,6 +86,23 @@ def test_message_lists_are_taken_as_they_are(tmp_path: Path) -> None:
     assert rows[0].answers == {"chosen": [assistant("Blue.")], "rejected": [assistant("Red?")]}
 
 
+def test_contents_in_parts_of_text_are_joined(tmp_path: Path) -> None:
+    # Parquet fills what other parts have with null.
+    parts: Any = [{"type": "text", "text": "Name ", "image_url": None}, {"type": "text", "text": "a colour."}]
+    row = {"prompt": [user(parts)], "chosen": [user("Name a colour."), assistant("Blue.")], "rejected": [assistant([])]}
+    rows, _ = read(jsonl(tmp_path, [row, {**row, "rejected": "Red?"}]), on_broken="drop")
+    assert [kept.prompt for kept in rows] == [[user("Name a colour.")]]  # no part is no text: an empty answer
+    assert rows[0].answers["chosen"] == [assistant("Blue.")]
+
+
+def test_a_content_that_is_not_all_text_fails_by_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=re.escape("rows.jsonl:2: part 2 of the content of message 1 of m is of type 'im")
+    ):
+        read(jsonl(tmp_path, [{"m": [user("a"), assistant("b")]}, {"m": [user(PARTS_OF_AN_IMAGE), assistant("b")]}]),
+             shape="answers", columns={"messages": "m"})  # fmt: skip
+
+
 @pytest.mark.parametrize("with_system", [True, False])
 def test_the_prompts_own_messages_are_stripped_from_answers(tmp_path: Path, with_system: bool) -> None:
     start = [system("Be terse.")] * with_system + [user("Name a colour.")]
@@ -109,6 +126,8 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
 
 # ---- broken, empty, identical
 
+TEXT = {"type": "text", "text": "What is "}
+PARTS_OF_AN_IMAGE: Any = [TEXT, {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]
 BROKEN: list[tuple[Any, str]] = [
     (b'{"prompt": "Name a', "is not JSON: "),
     (b'{"prompt": "\xff"}', "is not JSON: 'utf-8' codec can't decode"),
@@ -127,16 +146,17 @@ BROKEN: list[tuple[Any, str]] = [
     ({**GOOD, "prompt": [{"role": ["user"], "content": "Hi."}]}, "message 1 of prompt is from ['user']; roles are"),
     ({**GOOD, "prompt": [user("Hi."), {"role": "tool", "content": "7"}]}, "message 2 of prompt is from 'tool'"),
     ({**GOOD, "chosen": [{**assistant("x"), "tool_calls": [1]}]}, "message 1 of chosen has tool_calls, which would"),
-    (
-        {**GOOD, "prompt": [{"role": "user", "content": [{"text": "Hi."}]}]},
-        "the content of message 1 of prompt is a list",
-    ),
+    ({**GOOD, "prompt": [user(PARTS_OF_AN_IMAGE)]}, "part 2 of the content of message 1 of prompt is of type 'image_url'; only"),
+    ({**GOOD, "chosen": [assistant([{"text": "x"}])]}, "part 1 of the content of message 1 of chosen is of no type; only"),
+    ({**GOOD, "chosen": [assistant(["x"])]}, "part 1 of the content of message 1 of chosen is text, not an object"),
+    ({**GOOD, "chosen": [assistant([{"type": "text"}])]}, "part 1 of the content of message 1 of chosen has no text"),
+    ({**GOOD, "chosen": [assistant([{"type": "text", "text": "x", "note": "y"}])]}, "part 1 of the content of message 1 of chosen has note, which would be lost"),
     ({**GOOD, "prompt": [user("Hi."), assistant("Hello.")]}, "the prompt's last message is from assistant; it must be"),
     ({**GOOD, "prompt": [system("Be terse.")]}, "the prompt's last message is from system; it must be from user"),
     ({**GOOD, "chosen": [user("Another?"), assistant("x")]}, "chosen has a message from user; an answer is assistant"),
     ({**GOOD, "rejected": [assistant("x"), user("y")]}, "rejected has a message from user; an answer is assistant"),
     ({**GOOD, "chosen": "half \ud83d"}, "chosen holds half of a surrogate pair"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "says"), BROKEN, ids=[says[:40] for _, says in BROKEN])

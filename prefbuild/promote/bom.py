@@ -2,7 +2,7 @@
 
     bom(facts, files, metrics, base=.., license=.., description=..) -> the document, the same for the same facts
 
-Covered: the published files, the base, the data it was trained and measured on, packages, device and images. Not
+Covered: the published files, the base, the data it was trained and measured on, rewards, packages, device and images. Not
 covered: packages below those that prefbuild records; an image's own contents.
 """
 
@@ -12,11 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from prefbuild.gates import trained_role
+from prefbuild.methods import SHAPES
 from prefbuild.promote.provenance import public_path, public_title, uri_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
-# CycloneDX knows five approaches; a method that is none of them is left out.
-APPROACH = {"dpo": "supervised"}
+# CycloneDX knows five approaches: what learns from rewards for its own answers is one, what learns from rows another.
+APPROACH = {
+    method: "reinforcement-learning" if shape == "prompts" else "supervised" for method, shape in SHAPES.items()
+}
 # What facts record of a stage that is no package on the index.
 PLATFORM, DEVICE, SETTINGS = "python", ("cpu", "device"), ("threads", "precision", "dtype", "image")
 CONFIDENCE = 0.95
@@ -37,7 +40,8 @@ def bom(
     """The ML-BOM as JSON. `metrics` as metrics.json keeps them; `files` as in provenance.statement."""
     data = [_data(node, pins) for node, pins in facts["lock"]["entries"].items() if not _is_model(pins)]
     tasks = [_task(task) for task in facts["tasks"]]
-    parts = [_base(facts, base, metrics["baseline"]), *data, *tasks, *_tools(facts), *_images(facts)]
+    rewards = [_reward(file) for file in facts["rewards"]]
+    parts = [_base(facts, base, metrics["baseline"]), *data, *tasks, *rewards, *_tools(facts), *_images(facts)]
     model: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": MODEL,
@@ -80,10 +84,9 @@ def bom(
 
 
 def _card(facts: dict[str, Any], scores: dict[str, Any], datasets: list[str]) -> dict[str, Any]:
-    method = facts["method"]
     return {
         "modelParameters": {
-            **({"approach": {"type": APPROACH[method]}} if method in APPROACH else {}),
+            "approach": {"type": APPROACH[facts["method"]]},
             "task": "text-generation",
             "datasets": [{"ref": ref} for ref in datasets],
             "inputs": [{"format": "text"}],
@@ -152,6 +155,12 @@ def _task(task: dict[str, Any]) -> dict[str, Any]:
         "components": [_file(ref, file["path"], file["sha256"]) for file in task["files"]],
         "data": [{"type": "dataset", "name": task["name"]}],
     }
+
+
+def _reward(file: dict[str, Any]) -> dict[str, Any]:
+    path = file["path"]
+    about = "A function that scored completions while the model was trained."
+    return {**_file(f"reward {path}", path, file["sha256"]), "bom-ref": f"reward {path}", "description": about}
 
 
 def _pinned(ref: str, pins: dict[str, Any]) -> dict[str, Any]:

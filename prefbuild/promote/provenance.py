@@ -117,6 +117,7 @@ def gather(
         "lock": {**_file(root, "prefbuild.lock.yaml"), "entries": _pins(root, resolved)},
         "dvc_lock": _file(root, f"pipelines/{name}/dvc.lock"),
         "tasks": _tasks(resolved),
+        "rewards": resolved["train"]["settings"].get("rewards", []),
         "images": _images(root, resolved),
         "method": resolved["train"]["settings"]["train"]["method"],
         "seed": resolved["train"]["settings"]["seed"],
@@ -314,6 +315,7 @@ def _dependencies(facts: dict[str, Any]) -> list[dict[str, Any]]:
     found += [_resource("reference model", reference, artifact=True)] if reference else []
     for task in facts["tasks"]:
         found += [_resource(file["path"], file["sha256"], task=task["name"]) for file in task["files"]]
+    found += [_resource(file["path"], file["sha256"], reward=True) for file in facts["rewards"]]
     for image in facts["images"]:
         # Pinned is not used: with the local runner a stage runs on the machine itself.
         ran = [key for key in ("trained_on", "evaluated_with") if facts[key].get("image") == image["id"]]

@@ -18,7 +18,10 @@ from prefbuild.job import Job
 from prefbuild.runners.stopping import on_stop
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+SECRETS = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN"),
+    *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+)
 
 
 def run(job: Job) -> int:
@@ -53,7 +56,7 @@ def run(job: Job) -> int:
 
 
 def worker_environment(job: Job) -> dict[str, str]:
-    """The caller's environment with the job's on top and, where there is no network, without hub tokens."""
+    """The caller's environment with the job's on top and, where there is no network, without tokens of hubs and trackers."""
     env = {**os.environ, **job.env}
     if not job.network:
         for key in SECRETS:

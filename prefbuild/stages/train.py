@@ -6,6 +6,7 @@ from typing import Any
 from prefbuild.artifact import read_manifest, verify_artifact, write_json
 from prefbuild.methods import METHODS
 from prefbuild.rewards.file import verify as verify_rewards
+from prefbuild.track import asked_for, check_installed
 
 
 def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Path], work: Path, name: str) -> None:
@@ -13,6 +14,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
 
     Goes on from a checkpoint in `work` when there is one.
     """
+    check_installed(asked_for())
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
     from prefbuild.training import ranks, trainer

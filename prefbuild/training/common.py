@@ -20,8 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import StopRule, TrainOptions
+from prefbuild.methods import StopRule, TrainOptions, train_settings
 from prefbuild.training import ranks
+from prefbuild.training.trackers import curve_points, trackers
 
 # Where a checkpoint has its optimizer, and its weights where that is not WEIGHTS, by how processes share them (launch.py).
 STATE = {
@@ -143,6 +144,8 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
     trainer.add_callback(Health(settings))
     if ranks.num_ranks() > 1:
         share_work(trainer)
+    for tracking in trackers(train_settings(settings)) if ranks.is_main() else []:
+        trainer.add_callback(tracking)
     if checkpoint and settings.use_peft:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
         trainer.model.load_adapter = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
@@ -276,9 +279,8 @@ class Curves(TrainerCallback):
         if not ranks.is_main():
             return
         self.live.step = state.global_step
-        for key, value in (logs or {}).items():
-            if isinstance(value, int | float) and not key.startswith("eval_") and key not in ("epoch", "total_flos"):
-                self.live.log_metric(f"train/{key}", value)
+        for key, value in curve_points(logs or {}).items():
+            self.live.log_metric(key, value)
         self.live.sync()
 
     def on_train_end(

@@ -9,6 +9,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from prefbuild.artifact import sha256_file
+from prefbuild.methods import METHODS
 from prefbuild.promote.bom import bom
 from tests import built
 from tests.built import BASE
@@ -83,8 +84,11 @@ def test_it_is_valid_with_everything_the_facts_can_hold(root):
         "build/data/d": {"source": hub, "files": [file], "commit": COMMIT},
         "build/data/w": {"source": wheel, "files": [file], "wheel": pinned_wheel},
     }
+    facts["rewards"] = [{"path": "recipes/x/reward.py", "sha256": "4" * 64, "size": 9}]
     made = make(root, facts)
     assert problem(made) is None
+    (reward,) = parts(made, "file").values()
+    assert (reward["name"], reward["hashes"][0]["content"]) == ("recipes/x/reward.py", "4" * 64)
     (base,) = parts(made, "machine-learning-model").values()
     assert (base["purl"], base["version"]) == (f"pkg:huggingface/org/name@{COMMIT}", COMMIT)
     data = parts(made, "data")
@@ -98,6 +102,14 @@ def test_it_is_valid_with_everything_the_facts_can_hold(root):
     torch = [part["purl"] for part in made["components"] if part["name"] == "torch"]
     assert torch == ["pkg:pypi/torch@2", "pkg:pypi/torch@2.13.0%2Bcu130"]  # trained and measured with different ones
     assert {"type": "vcs", "url": "https://example.org/o/n.git"} in made["metadata"]["component"]["externalReferences"]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_an_approach_that_cyclonedx_knows(root, method):
+    made = make(root, make_facts(root) | {"method": method})
+    assert problem(made) is None
+    approach = made["metadata"]["component"]["modelCard"]["modelParameters"]["approach"]["type"]
+    assert approach == ("reinforcement-learning" if method in ("grpo", "rloo") else "supervised")
 
 
 def test_every_reference_is_unique_and_leads_somewhere(root):
@@ -190,14 +202,6 @@ def test_a_base_that_is_another_recipes_model_has_its_digest_alone(root):
 def test_a_license_is_an_spdx_expression_or_a_name(root, license, listed):
     made = make(root, license=license)
     assert made["metadata"]["component"]["licenses"] == [listed]
-    assert problem(made) is None
-
-
-def test_a_method_that_cyclonedx_has_no_word_for_is_left_out(root):
-    facts = make_facts(root)
-    facts["method"] = "other"
-    made = make(root, facts)
-    assert "approach" not in made["metadata"]["component"]["modelCard"]["modelParameters"]
     assert problem(made) is None
 
 

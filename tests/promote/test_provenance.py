@@ -147,6 +147,15 @@ def test_what_it_was_made_from_has_digests(root):
     assert found["recipes/tasks/concise.yaml"]["annotations"] == {"task": "concise"}
 
 
+def test_rewards_of_the_users_have_digests(root):
+    resolved = built.resolved(root)
+    resolved["train"]["settings"]["rewards"] = [{"path": "recipes/x/reward.py", "sha256": "4" * 64, "size": 9}]
+    gate, source = read(root / "build/x/gate.json"), source_state(root, "x")
+    facts = gather(root, "x", version="v3", build=BUILD, resolved=resolved, gate=gate, source=source)
+    entry = dependencies(make(root, facts))["recipes/x/reward.py"]
+    assert (entry["digest"], entry["annotations"]) == ({"sha256": "4" * 64}, {"reward": True})
+
+
 def test_parameters_name_recipe_settings_and_tools(root):
     facts = make_facts(root)
     parameters = definition(make(root, facts))
