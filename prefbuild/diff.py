@@ -294,6 +294,7 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
             # evaluate's seed is its own, the same for all recipes.
             spelled = key in SPELLED and (stage, key) != ("evaluate", "seed")
             name = "evaluate.tasks" if key == "measurements" else key if spelled else f"{stage}.{key}"
+            name = "compute.strategy" if key == "strategy" else name
             found |= _leaves(name, value)
         if stage == "train":
             found["compute.gpus"] = section.get("gpus")

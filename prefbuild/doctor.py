@@ -6,6 +6,7 @@ Not covered: how long a build takes, other programs that take memory meanwhile, 
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.errors import LockError, StageError
+from prefbuild.launch import INSTALL_DEEPSPEED
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions, reference_recipe
+from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions, reference_recipe, split_batch
 from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
@@ -467,10 +469,16 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
     findings = []
     tools = [tool for tool in GPU_TOOLS if shutil.which(tool)]
     if gpus:
-        findings.append(Finding(what="processor", state="ok", found=f"{len(gpus)} x {gpus[0].name}"))
+        found, wanted = f"{len(gpus)} x {gpus[0].name}", recipe.compute.gpus
+        few = len(gpus) < wanted
+        fix = f"run it on a machine with {wanted} GPUs, or set compute.gpus: {len(gpus)}" if few else ""
+        needed = f"{wanted} GPUs" if few else ""
+        state = "missing" if few else "ok"
+        findings.append(Finding(what="processor", state=state, found=found, needed=needed, fix=fix))
     elif recipe.compute.gpus and not tools:
         fix = "run it on a machine with a GPU and its driver, or set compute.gpus: 0"
-        findings.append(Finding(what="processor", state="missing", found="no GPU", needed="1 GPU", fix=fix))
+        needed = f"{recipe.compute.gpus} GPU{'s' * (recipe.compute.gpus > 1)}"
+        findings.append(Finding(what="processor", state="missing", found="no GPU", needed=needed, fix=fix))
     elif recipe.compute.gpus:
         found = f"{tools[0]} is here, but torch sees no GPU"
         fix = "install a torch that suits the driver (pytorch.org, Get started); see also CUDA_VISIBLE_DEVICES"
@@ -488,6 +496,8 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
                 what="optimizer", state="missing", found=f"{recipe.train.optim} without a GPU", needed="a GPU", fix=fix
             )
         )
+    if recipe.compute.strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        findings.append(Finding(what="DeepSpeed", state="missing", found="not installed", fix=INSTALL_DEEPSPEED))
     if recipe.train.quantization and not gpus:
         found = f"{recipe.train.quantization} without a GPU"
         needed = "a GPU; a CPU unpacks every layer again for every batch, which is slow"
@@ -517,13 +527,20 @@ def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
 
 
 def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
-    """Free memory (the largest GPU's, else the machine's) against the estimate for training."""
+    """Free memory (the largest GPU's, of several the smallest's, else the machine's) against the estimate for training."""
     bf16 = computes_in_bf16(recipe, gpus)
     longest = longest_row(recipe)
-    need = memory_need(recipe.train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
-    total, free = (max(g.total for g in gpus), max(g.free for g in gpus)) if gpus else machine_memory()
+    num = max(1, recipe.compute.gpus)
+    batch, _ = split_batch(recipe.train, num)
+    train = recipe.train.model_copy(update={"per_device_train_batch_size": batch})
+    need = memory_need(train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
+    # Of several each must do: the smallest counts. Where one will do, it is the largest.
+    choose = min if num > 1 else max
+    total, free = (choose(g.total for g in gpus), choose(g.free for g in gpus)) if gpus else machine_memory()
     where = "GPU memory" if gpus else "memory"
     weights = weight_bytes(recipe.train, shape, 2 if bf16 else 4)
+    if recipe.compute.strategy in ("fsdp", "zero3"):  # each GPU has its part of them
+        need, weights = need - weights + weights // num, weights // num
     state = "missing" if weights > total else "warning" if need > free else "ok"
     fix = "" if state == "ok" else (
         "lower train.per_device_train_batch_size and raise gradient_accumulation_steps as much,\n"

@@ -257,9 +257,14 @@ class KTO(TrainOptions):
     )
     undesirable_weight: float = Field(default=1.0, gt=0, description="Weight of the loss of bad answers.")
 
+    @property
+    def smallest_batch(self) -> int:
+        """Rows that a device must take at once."""
+        return 2 if self.loss_type == "kto" else 1
+
     @model_validator(mode="after")
     def _has_other_answers(self) -> "KTO":
-        if self.loss_type == "kto" and self.per_device_train_batch_size < 2:
+        if self.per_device_train_batch_size < self.smallest_batch:
             raise Wrong(
                 "per_device_train_batch_size",
                 "is 1, but KTO measures KL on the answers to the other prompts of a batch; give at least 2, "
@@ -498,6 +503,33 @@ TRAIN_METRICS: dict[str, tuple[str, ...]] = {
         *(f"{when}.{key}" for when in ("step_0", "held_out") for key in ("loss", "accuracy", "margin")),
     ),
 }
+
+
+def split_batch(train: TrainOptions, num: int) -> tuple[int, int]:
+    """(per_device_train_batch_size, gradient_accumulation_steps) on each of `num` GPUs, so that a step keeps its rows.
+
+    As much of `num` as divides the accumulation is taken from it, so that batches stay as they are, and the rest from
+    the batch. KTO's batch goes first: its KL is a mean over what all GPUs hold at once. Wrong when neither divides.
+    """
+    batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if isinstance(train, KTO) and batch % num == 0 and batch // num >= train.smallest_batch:
+        return batch // num, accumulation
+    by_accumulation = math.gcd(accumulation, num)
+    by_batch = num // by_accumulation
+    remedy = f"give a gradient_accumulation_steps that {num} divides, as {-(-accumulation // num) * num}"
+    if batch % by_batch:
+        raise Wrong(
+            "gpus",
+            f"is {num}, among which the {batch * accumulation} rows of a step can't be shared out evenly "
+            f"(per_device_train_batch_size {batch} x gradient_accumulation_steps {accumulation}); {remedy}",
+        )
+    if isinstance(train, KTO) and batch // by_batch < train.smallest_batch:
+        raise Wrong(
+            "gpus",
+            f"is {num}, which leaves each one row of a batch of {batch}, but KTO measures KL on the answers to the "
+            f"other prompts of a batch; {remedy}",
+        )
+    return batch // by_batch, accumulation // by_accumulation
 
 
 def train_metrics(train: Any) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from prefbuild.methods import (
     Tracker,
     Train,
     reference_recipe,
+    split_batch,
     train_metrics,
 )
 from prefbuild.rewards.schema import ModelReward
@@ -408,7 +409,15 @@ class Compute(Strict):
     """What a recipe's stages get. GPUs and image change results; the limits do not, and a change of them runs nothing again."""
 
     gpus: int = Field(
-        default=0, ge=0, le=1, description="GPUs to train, merge and evaluate on. 0 is the CPU, even beside a GPU."
+        default=0,
+        ge=0,
+        le=16,
+        description="GPUs to train on; merge and evaluate take one of them. 0 is the CPU, even beside a GPU.",
+    )
+    strategy: Literal["ddp", "fsdp", "zero3"] | None = Field(
+        default=None,
+        description="How several GPUs train together. ddp: each has the whole model. fsdp: each has a part of its "
+        "weights. zero3: the same, by DeepSpeed. Default: ddp.",
     )
     gpu_memory: Size | None = Field(
         default=None, description="Memory that each GPU must have, as in 24GiB. 5 % less will do: cards differ."
@@ -569,6 +578,7 @@ class Recipe(Strict):
             *_data_problems(self.data, self.train),
             *_stage_problems(self),
             *_metric_problems(self.gates, self.train, self.data),
+            *_compute_problems(self.compute, self.train),
             *_promote_problems(self.promote, self.train),
         ]
         if problems:
@@ -660,6 +670,37 @@ def _stage_problems(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
         yield ("merge", "max_kl"), "is of models that write; write max_reward_difference"
     if not rewards and "max_reward_difference" in recipe.merge.model_fields_set:
         yield ("merge", "max_reward_difference"), "is of reward models; write max_kl"
+
+
+def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str]]:
+    """What several GPUs can't do with these settings."""
+    if compute.gpus <= 1:
+        if compute.strategy is not None:
+            yield ("compute", "strategy"), f"says nothing with {compute.gpus} GPU{'s' * (not compute.gpus)}; remove it"
+        return
+    try:
+        split_batch(train, compute.gpus)
+    except Wrong as wrong:
+        yield ("compute", wrong.key), str(wrong)
+    if compute.strategy in (None, "ddp"):
+        return
+    if not train.use_peft:
+        yield (
+            ("compute", "strategy"),
+            f"is {compute.strategy}, which trains adapters alone here; write ddp, or train an adapter (train.use_peft: true)",
+        )
+    if train.quantization is not None:
+        yield (
+            ("train", "quantization"),
+            f"can't be spread over GPUs by {compute.strategy}; remove it (each GPU has a part of the weights anyway), "
+            "or write compute.strategy: ddp",
+        )
+    if not train.optim.startswith("adamw_torch") and train.optim != "sgd":
+        yield (
+            ("train", "optim"),
+            f"is {train.optim}, bitsandbytes' own, which can't update weights that {compute.strategy} spreads over GPUs; "
+            "write adamw_torch",
+        )
 
 
 def _metric_problems(gates: list[Gate], train: Train, data: Data) -> Iterator[tuple[Loc, str]]:
@@ -836,7 +877,11 @@ def _inherit(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
         if isinstance(data.get(section), dict):
             data[section] = inherited.model_dump(exclude_none=True) | data[section]
     if isinstance(data.setdefault("compute", {}), dict):
-        data["compute"] = defaults.compute.model_dump(exclude_unset=True) | data["compute"]
+        own = data["compute"]
+        data["compute"] = defaults.compute.model_dump(exclude_unset=True) | own
+        # A recipe for one GPU need not undo what others inherit.
+        if "strategy" not in own and data["compute"].get("gpus") in (0, 1):
+            data["compute"].pop("strategy", None)
     return data
 
 
@@ -1057,6 +1102,8 @@ OTHER_KEYS = {
     "hardware": "compute",
     "gpu": "compute.gpus",
     "num_gpus": "compute.gpus",
+    "num_processes": "compute.gpus",
+    "nproc_per_node": "compute.gpus",
     "n_gpus": "compute.gpus",
     "gpu_count": "compute.gpus",
     "vram": "compute.gpu_memory",
@@ -1113,8 +1160,10 @@ NOT_HERE = {
     "run_name": "a run is named by its recipe; remove it",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
-    "deepspeed": "training on several devices does not exist here yet; remove it",
-    "fsdp": "training on several devices does not exist here yet; remove it",
+    "deepspeed": "write compute: {gpus: 2, strategy: zero3}, with as many GPUs as there are",
+    "fsdp": "write compute: {gpus: 2, strategy: fsdp}, with as many GPUs as there are",
+    "fsdp_config": "write compute: {gpus: 2, strategy: fsdp}, with as many GPUs as there are",
+    "ddp": "write compute: {gpus: 2}, with as many GPUs as there are; ddp is the default strategy",
     "runner": "a recipe does not say what runs it; remove it, and see --runner of prefbuild build",
     "eval_steps": "the held-out rows are measured at the end; remove it",
     "eval_strategy": "the held-out rows are measured at the end; remove it",
@@ -1152,6 +1201,9 @@ OTHER_VALUES = {
     ("optim", "adam"): "did you mean adamw_torch?",
     ("optim", "adamw_8bit"): "did you mean adamw_bnb_8bit?",
     ("optim", "paged_adamw"): "did you mean paged_adamw_32bit?",
+    **{("strategy", name): "did you mean zero3?" for name in ("deepspeed", "zero", "zero-3", "zero_3", "zero2")},
+    **{("strategy", name): "did you mean fsdp?" for name in ("fsdp2", "full_shard", "shard")},
+    **{("strategy", name): "did you mean ddp?" for name in ("dp", "data_parallel", "distributed")},
     **{("to", name): "write to: hub" for name in ("hf", "huggingface", "huggingface_hub")},
     ("on_broken", "skip"): "did you mean drop?",
     ("on_too_long", "skip"): "did you mean drop?",

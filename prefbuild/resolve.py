@@ -175,7 +175,9 @@ def _place(sections: dict[str, Section], compute: Compute, lock: locks.Lock) -> 
     image = lock.get("images", {}).get(compute.role) or {"id": None, "repo_digest": None}
     for stage, section in sections.items():
         if stage != "promote":  # it runs where it is called
-            section.update(image=image["id"], gpus=compute.gpus if stage in GPU_STAGES else 0)
+            # Only training is shared among several.
+            gpus = compute.gpus if stage == "train" else min(compute.gpus, 1)
+            section.update(image=image["id"], gpus=gpus if stage in GPU_STAGES else 0)
     sections["compute"] = {
         "role": compute.role,
         "repo_digest": image["repo_digest"],
@@ -301,6 +303,7 @@ def _recipe_sections(
             train=train,
             seed=recipe.seed,
             base={"name": _base_name(recipe)},
+            **({"strategy": recipe.compute.strategy or "ddp"} if recipe.compute.gpus > 1 else {}),
             **({"rewards": rewards} if rewards else {}),
         ),
         "merge": _section(

@@ -25,7 +25,7 @@ from prefbuild.resolve import Project, Section, load_project, resolve
 from prefbuild.yamlfile import show
 
 # Of settings that a recipe writes elsewhere, or under another name.
-WRITTEN_AS = {"measurements": "evaluate.tasks", "batch_size": "evaluate.batch_size"}
+WRITTEN_AS = {"measurements": "evaluate.tasks", "batch_size": "evaluate.batch_size", "strategy": "compute.strategy"}
 COLORS = {"stops": "31", "runs": "33", "restores": "36", "may run": "2"}
 MOST_REASONS = 8  # lines a stage in the text; the JSON has all
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import input_digest, write_manifest
-from prefbuild.errors import PrefbuildError, StageError
+from prefbuild.errors import PrefbuildError, StageError, UsageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
+from prefbuild.launch import is_rank, launch, record_failure
 from prefbuild.machine import leave_out_bitsandbytes
 from prefbuild.methods import needs_bitsandbytes
 from prefbuild.resolve import STAGE_VERSIONS
@@ -40,12 +41,16 @@ def main(argv: list[str]) -> int:
     try:
         run_stage(stage, name)
     except PrefbuildError as error:
+        if is_rank():
+            record_failure(error, str(error), error.exit_code)
         print(f"prefbuild: {stage} {name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         explained = explain(error)
+        if is_rank():
+            record_failure(error, explained, StageError.exit_code if explained else 1)
         if explained is None:
             raise
         traceback.print_exc()
@@ -64,19 +69,27 @@ def run_stage(stage: str, name: str) -> None:
         )
     if stage not in NETWORK_STAGES:
         refuse_network(stage)
-    check_gpus()
+    work = Path(os.environ.get("PREFBUILD_WORK") or make_job(stage, name).work)
+    num_ranks = count_ranks(stage, section["gpus"])
+    if num_ranks == 1 or is_rank():
+        check_gpus()
     inputs: dict[str, Any] = {
         role: [Path(path) for path in value] if isinstance(value, list) else Path(value)
         for role, value in section["inputs"].items()
     }
     out = Path(os.environ.get("PREFBUILD_OUT", ""))
     outputs = {role: out / path for role, path in section["outputs"].items()}
-    work = Path(os.environ.get("PREFBUILD_WORK") or make_job(stage, name).work)
     started = time.monotonic()
-    if not needs_bitsandbytes(section["settings"].get("train")):
-        leave_out_bitsandbytes()
-    run = importlib.import_module(STAGES[stage]).run
-    run(section["settings"], inputs, outputs, work, name)
+    if num_ranks == 1 or is_rank():
+        if not needs_bitsandbytes(section["settings"].get("train")):
+            leave_out_bitsandbytes()
+        run = importlib.import_module(STAGES[stage]).run
+        run(section["settings"], inputs, outputs, work, name)
+    else:
+        strategy = section["settings"].get("strategy", "ddp")
+        launch(["-m", "prefbuild.worker", stage, name], num_ranks, work, strategy=strategy)
+    if is_rank():
+        return  # the process that launched this one does the rest
     missing = [section["outputs"][role] for role, path in outputs.items() if not path.exists()]
     if missing:
         raise StageError(f"the stage left no {', '.join(missing)}")
@@ -91,6 +104,22 @@ def run_stage(stage: str, name: str) -> None:
         if path.is_dir() and role not in ("plots", "report"):
             write_manifest(path, stage=stage, name=name, inputs=digests)
     print(f"prefbuild: {stage} {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+def count_ranks(stage: str, gpus: int) -> int:
+    """How many processes a stage runs in: training in one a GPU. Others run in one, on one GPU.
+
+    PREFBUILD_PROCESSES tries the same on a CPU, where it gains nothing: it is part of no section. UsageError when it is
+    no number.
+    """
+    tried = os.environ.get("PREFBUILD_PROCESSES") or "1"
+    if not tried.isdigit() or int(tried) < 1:
+        raise UsageError(
+            f"PREFBUILD_PROCESSES is {tried!r}; give how many processes train together on the CPU, as in 2"
+        )
+    if stage != "train":
+        return 1
+    return max(1, gpus or int(tried))
 
 
 def die_with_parent() -> None:
@@ -127,9 +156,11 @@ def check_gpus() -> None:
         )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < wanted:
-        raise StageError(f"compute.gpus is {wanted}, and {here} sees {found or 'no'} GPU; {remedy}")
+        raise StageError(
+            f"compute.gpus is {wanted}, and {here} sees {found or 'no'} GPU{'s' if found > 1 else ''}; {remedy}"
+        )
     memory = int(os.environ.get("PREFBUILD_GPU_MEMORY") or 0)
-    for index in range(wanted):
+    for index in [int(os.environ["LOCAL_RANK"])] if is_rank() else range(wanted):
         about = torch.cuda.get_device_properties(index)
         if about.total_memory < 0.95 * memory:
             raise StageError(

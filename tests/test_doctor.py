@@ -34,7 +34,7 @@ from prefbuild.doctor import (
 from prefbuild.errors import UsageError
 from prefbuild.lock import lock
 from prefbuild.methods import DPO, METHODS
-from prefbuild.recipe import Recipe, load_recipes
+from prefbuild.recipe import Compute, Recipe, load_recipes
 from prefbuild.resolve import load_project
 from prefbuild.track import MODULES
 
@@ -229,6 +229,19 @@ def test_a_gpu_is_named_and_its_memory_is_what_counts() -> None:
     assert [finding.found for finding in processor(recipe(optim="paged_adamw_8bit"), gpus, SMOLLM2)] == ["1 x Big"]
     finding = memory(recipe(), gpus, SMOLLM2)
     assert (finding.what, finding.state, finding.found) == ("GPU memory", "ok", "79.0 GB free of 80.0 GB")
+
+
+def test_several_gpus_must_all_be_there_and_the_smallest_one_counts() -> None:
+    several = recipe().model_copy(update={"compute": Compute(gpus=2, strategy="fsdp")})
+    gpus = [Gpu(name="Big", total=80 * 10**9, free=79 * 10**9), Gpu(name="Big", total=40 * 10**9, free=39 * 10**9)]
+    assert [finding.state for finding in processor(several, gpus, SMOLLM2)] == ["ok"]
+    (few,) = processor(several, gpus[:1], SMOLLM2)
+    assert (few.state, few.found, few.needed) == ("missing", "1 x Big", "2 GPUs")
+    assert memory(several, gpus, SMOLLM2).found == "39.0 GB free of 40.0 GB"
+    # 30 billion weights in bf16 fit on neither, and half of them do.
+    large = dataclasses.replace(SMOLLM2, num_parameters=30 * 10**9)
+    alone = recipe().model_copy(update={"compute": Compute(gpus=2)})
+    assert [memory(one, gpus, large).state for one in (alone, several)] == ["missing", "warning"]
 
 
 def test_too_little_memory_is_a_warning_and_weights_that_do_not_fit_are_missing() -> None:

@@ -78,6 +78,25 @@ def test_a_second_repro_runs_nothing(built: Path) -> None:
     assert repro(built) == set()
 
 
+def test_two_processes_of_a_stage_leave_what_one_leaves(project: Path) -> None:
+    """Trained in two on the CPU, the batch of 4 halved: the same files, a manifest, and one voice."""
+    before = {
+        path: (project / "build/first" / path).read_text() for path in ("adapter/adapter_config.json", "train.json")
+    }
+    said = run(project, "prefbuild", "stage", "train", "first", PREFBUILD_PROCESSES="2")
+    assert said.count("prefbuild: train first: done in") == 1 and said.count("4/4") == 1
+    assert (project / "build/first/adapter/adapter_config.json").read_text() == before["adapter/adapter_config.json"]
+    manifest = json.loads((project / "build/first/adapter/manifest.json").read_text())
+    assert set(manifest["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    one, two = json.loads(before["train.json"]), json.loads((project / "build/first/train.json").read_text())
+    assert two["machine"]["ranks"] == "2 (ddp)"
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    assert not list((project / "build/.work").glob("train-first/*"))
+    assert "give how many processes" in run(
+        project, "prefbuild", "stage", "train", "first", code=2, PREFBUILD_PROCESSES="two"
+    )
+
+
 def test_weights_are_stored_once(built: Path) -> None:
     merged = built / "build/first/merged/model.safetensors"
     copies = [path for path in (built / ".dvc/cache").rglob("*") if path.is_file() and digest(path) == digest(merged)]

@@ -1320,7 +1320,10 @@ def test_compute_is_inherited_key_by_key() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("gpus: 2", "compute.gpus: is 2; at most 1 is wanted"),
+        ("gpus: 17", "compute.gpus: is 17; at most 16 is wanted"),
+        ("gpus: 3", "compute.gpus: is 3, among which the 8 rows of a step can't be shared out evenly"),
+        ("strategy: fsdp", "compute.strategy: says nothing with 0 GPUs; remove it"),
+        ("strategy: deepspeed", "compute.strategy: 'deepspeed' is not known; did you mean zero3? (known: ddp, fsdp,"),
         ("memory: 16g", "compute.memory: is text '16g'; wanted: Memory of a stage's container, as in 16GiB"),
         (
             "time_limit: 2 hours",
@@ -1334,3 +1337,26 @@ def test_compute_says_what_is_wanted(line: str, message: str) -> None:
     X.write_text(GOOD + f"compute:\n  {line}\n")
     (problem,) = problems()
     assert message in problem
+
+
+def test_a_recipe_for_one_gpu_need_not_undo_an_inherited_strategy() -> None:
+    Path("params.yaml").write_text("compute: {gpus: 2, strategy: fsdp}\n")
+    Path("recipes/a.yaml").write_text(GOOD + "compute: {gpus: 1}\n")
+    loaded = load_recipes(Path())
+    assert (loaded["a"].compute.gpus, loaded["a"].compute.strategy) == (1, None)
+    assert (loaded["x"].compute.gpus, loaded["x"].compute.strategy) == (2, "fsdp")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_what_cannot_be_spread_over_gpus_is_said_at_its_key(strategy: str) -> None:
+    both = "  quantization: nf4\n  optim: paged_adamw_32bit\n"
+    text = GOOD.replace("train:\n", f"train:\n{both}") + f"compute: {{gpus: 2, strategy: {strategy}}}\n"
+    X.write_text(text)
+    quantization, optim = problems()
+    assert f"train.quantization: can't be spread over GPUs by {strategy}; remove it" in quantization
+    assert "train.optim: is paged_adamw_32bit, bitsandbytes' own" in optim
+    X.write_text(text.replace(strategy, "ddp"))
+    assert load_recipes(Path())["x"].compute.gpus == 2
+    X.write_text(text.replace(both, "  use_peft: false\n"))
+    (whole,) = problems()
+    assert f"compute.strategy: is {strategy}, which trains adapters alone here; write ddp" in whole

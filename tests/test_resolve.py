@@ -154,3 +154,14 @@ def test_unchanged_files_are_not_written_again(project: Path) -> None:
 def test_the_resolved_recipes_in_git_are_those_of_the_sources() -> None:
     for path, sections in resolve(load_project(ROOT)).items():
         assert json.loads((ROOT / path).read_text()) == json.loads(json.dumps(sections)), path
+
+
+def test_only_training_takes_several_gpus_and_its_section_says_how(project: Path) -> None:
+    recipe = project / "recipes/first.yaml"
+    one = recipe.read_text() + "compute: {gpus: 1}\n"
+    recipe.write_text(one)
+    assert "strategy" not in section(project, "train")["settings"]
+    for given, strategy in (("gpus: 2", "ddp"), ("gpus: 2, strategy: fsdp", "fsdp")):
+        recipe.write_text(one.replace("gpus: 1", given))
+        assert (section(project, "train")["gpus"], section(project, "train")["settings"]["strategy"]) == (2, strategy)
+        assert [section(project, stage)["gpus"] for stage in ("merge", "evaluate", "gate")] == [1, 1, 0]

@@ -174,7 +174,7 @@ def _network(client: Any) -> str:
 def _hint(problem: str, job: Job) -> str:
     if job.gpus and NO_TOOLKIT.search(problem):
         return (
-            f"{problem}. The recipe asks for {job.gpus} GPU: install the NVIDIA Container Toolkit and restart the engine "
+            f"{problem}. The recipe asks for {job.gpus} GPU{'s' * (job.gpus > 1)}: install the NVIDIA Container Toolkit and restart the engine "
             "(`sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker`), or set compute.gpus: 0"
         )
     if "catatonit" in problem or "docker-init" in problem or "container-init" in problem:

@@ -19,7 +19,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     verify_rewards(settings.get("rewards", []))
     for judge in inputs.get("reward_models", []):
         verify_artifact(judge)
-    from prefbuild.training import trainer
+    from prefbuild.training import ranks, trainer
 
     base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
     method = settings["train"]["method"]
@@ -35,4 +35,6 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         name=name,
         **({"reference": inputs["reference"]} if "reference" in inputs else {}),
     )
-    write_json(outputs["metrics"], metrics)
+    if ranks.is_main():
+        write_json(outputs["metrics"], metrics)
+    ranks.leave()

@@ -21,10 +21,18 @@ from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, wr
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
 from prefbuild.methods import StopRule, TrainOptions, train_settings
+from prefbuild.training import ranks
 from prefbuild.training.trackers import curve_points, trackers
 
-NEEDED = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-# And one of these, by use_peft: a model of more than 50 GB is saved in several files, with an index.
+# Where a checkpoint has its optimizer, and its weights where that is not WEIGHTS, by how processes share them (launch.py).
+STATE = {
+    None: {"optimizer.pt"},
+    "ddp": {"optimizer.pt"},
+    "fsdp": {"pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"},
+    "zero3": {"latest"},
+}
+# And one of these where each process has all weights, by use_peft: a model of more than 50 GB is saved in several
+# files, with an index.
 WEIGHTS = {
     True: ("adapter_model.safetensors",),
     False: ("model.safetensors", "model.safetensors.index.json"),
@@ -55,9 +63,8 @@ def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: 
         warmup_steps=settings.warmup_steps,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
         per_device_eval_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        **ranks.rank_arguments(settings, bf16),
         gradient_checkpointing=settings.gradient_checkpointing,
         optim=settings.optim,
         weight_decay=settings.weight_decay,
@@ -142,7 +149,9 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Health(settings))
-    for tracking in trackers(train_settings(settings)):
+    if ranks.num_ranks() > 1:
+        share_work(trainer)
+    for tracking in trackers(train_settings(settings)) if ranks.is_main() else []:
         trainer.add_callback(tracking)
     if checkpoint and settings.use_peft:
         # PEFT 0.21 would load an adapter that QLoRA trains in bf16 as float32, and the run would end elsewhere.
@@ -154,6 +163,39 @@ def run_trainer(trainer: Any, settings: TrainOptions, checkpoint: Path | None) -
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     refuse_no_number(result.training_loss, settings)
     return result, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def share_work(trainer: Any) -> None:
+    """What Trainer must do otherwise when several processes train."""
+    import torch
+    from accelerate.data_loader import prepare_data_loader
+
+    accelerator, evaluate = trainer.accelerator, trainer.evaluate
+
+    def evaluate_whole(*arguments: Any, **named: Any) -> Any:
+        # Shared out, rows would be counted twice where the ranks can't have as many each. So each rank takes them all, as
+        # one process does, and there is nothing to gather.
+        accelerator.prepare = functools.partial(
+            prepare_data_loader, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        accelerator.gather = lambda tensor: tensor
+        try:
+            return evaluate(*arguments, **named)
+        finally:
+            del accelerator.prepare, accelerator.gather
+
+    trainer.evaluate = evaluate_whole
+    if ranks.strategy() != "fsdp":
+        return
+    # By this name generation knows that a rank which is done must go on until all are: each token gathers every layer.
+    inner = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    inner._is_fsdp_managed_module = True
+    if trainer.args.bf16:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Accelerate would add up gradients in bf16; DDP and a single GPU do in float32.
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def refuse_no_number(loss: float, settings: TrainOptions) -> None:
@@ -201,8 +243,10 @@ def machine() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     image = {"image": os.environ["PREFBUILD_IMAGE"]} if "PREFBUILD_IMAGE" in os.environ else {}
+    together = {"ranks": f"{ranks.num_ranks()} ({ranks.strategy()})"} if ranks.num_ranks() > 1 else {}
     return {
         **image,
+        **together,
         "device": torch.cuda.get_device_name()
         if cuda
         else platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
@@ -219,6 +263,8 @@ class Curves(TrainerCallback):
     """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
 
     def __init__(self, folder: Path, resume_from: Path | None):
+        if not ranks.is_main():
+            return
         from dvclive import Live, live
 
         # DVCLive only draws the curves here: the stage is DVC's already, and a repository without a commit, or a
@@ -237,6 +283,8 @@ class Curves(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not ranks.is_main():
+            return
         self.live.step = state.global_step
         for key, value in curve_points(logs or {}).items():
             self.live.log_metric(key, value)
@@ -245,7 +293,8 @@ class Curves(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.live.end()
+        if ranks.is_main():
+            self.live.end()
 
 
 class ProgressBar(TrainerCallback):
@@ -346,18 +395,24 @@ class Checkpoints(TrainerCallback):
         self.live = live
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        shutil.copytree(self.live, folder / "live", dirs_exist_ok=True)
-        write_manifest(folder, stage="train", name="checkpoint", inputs={})
+        ranks.wait()  # each rank has written its part
+        if ranks.is_main():
+            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            shutil.copytree(self.live, folder / "live", dirs_exist_ok=True)
+            write_manifest(folder, stage="train", name="checkpoint", inputs={})
 
 
 def newest_checkpoint(work: Path, use_peft: bool = True) -> Path | None:
     """The newest checkpoint that is whole, of an adapter or (`use_peft` false) a model; half-written ones go."""
+    return ranks.from_main(lambda: _newest_checkpoint(work, use_peft))
+
+
+def _newest_checkpoint(work: Path, use_peft: bool) -> Path | None:
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
             files = set(verify_artifact(folder)["files"])
-            missing = NEEDED - files
-            if not files & set(WEIGHTS[use_peft]):
+            missing = needed_files() - files
+            if ranks.strategy() in (None, "ddp") and not files & set(WEIGHTS[use_peft]):
                 missing.add(WEIGHTS[use_peft][0])
             if missing:
                 raise StageError(f"{folder}: lacks {', '.join(sorted(missing))}")
@@ -368,6 +423,13 @@ def newest_checkpoint(work: Path, use_peft: bool = True) -> Path | None:
             print(f"going on from {folder.name}", file=sys.stderr)
             return folder
     return None
+
+
+def needed_files() -> set[str]:
+    """The files that a checkpoint must have to go on from it, beside WEIGHTS."""
+    num = ranks.num_ranks()
+    random_states = {"rng_state.pth"} if num == 1 else {f"rng_state_{rank}.pth" for rank in range(num)}
+    return STATE[ranks.strategy()] | random_states | {"scheduler.pt", "trainer_state.json"}
 
 
 def save_trained(settings: TrainOptions, model: Any, folder: Path, base: dict[str, str], base_model: Path) -> None:
@@ -385,6 +447,8 @@ def _save_weights(model: Any, folder: Path, base_model: Path) -> None:
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if not ranks.is_main():
+        return
     model.config = AutoConfig.from_pretrained(base_model, local_files_only=True)
     model.generation_config = GenerationConfig()  # saving the base's own would fail on many that people publish
     model.save_pretrained(folder)
@@ -398,11 +462,14 @@ def _save_weights(model: Any, folder: Path, base_model: Path) -> None:
 
 def _save_adapter(model: Any, folder: Path, base: dict[str, str]) -> None:
     """Save a PEFT model's adapter as safetensors, its config naming base and revision, byte for byte the same each time."""
+    weights = ranks.whole_weights(model)
+    if not ranks.is_main():
+        return
     config = model.peft_config["default"]
     config.base_model_name_or_path = base["name"]
     config.revision = base["revision"]
     # "auto" would ask the hub whether the base's vocabulary was resized; DPO never resizes it.
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
     for extra in ("README.md", "training_args.bin"):
         (folder / extra).unlink(missing_ok=True)
     path = folder / "adapter_config.json"

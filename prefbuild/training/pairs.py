@@ -7,6 +7,8 @@ end-of-sequence token where the answer has another end of turn, and count no tok
 import os
 from typing import Any
 
+from prefbuild.training import ranks
+
 # TRL warns that they may go away in a later version; which version is used is pinned.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -31,7 +33,9 @@ class PreparedPairs:
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         """TRL's loss, counting the tokens it is computed on."""
-        self._total_train_tokens += int(inputs["chosen_attention_mask"].sum() + inputs["rejected_attention_mask"].sum())
+        self._total_train_tokens += ranks.total(
+            int(inputs["chosen_attention_mask"].sum() + inputs["rejected_attention_mask"].sum())
+        )
         return super().compute_loss(model, inputs, *arguments, **named)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from prefbuild.errors import StageError
 from prefbuild.methods import PromptOptions
 from prefbuild.rewards import Scorer
+from prefbuild.training import ranks
 from prefbuild.training.common import pick, shared_metrics
 
 Options = TypeVar("Options", bound=PromptOptions)
@@ -69,11 +70,15 @@ class Prompts:
 
         Greedy, so that before and after differ by the training alone, and no random number is drawn.
         """
-        import torch
-
         if not self.held_out:
             return {}
-        model, stops = trainer.model, set(trainer.eos_token_ids)
+        with ranks.for_generation(trainer) as model:
+            return self._measure(trainer, model)
+
+    def _measure(self, trainer: Any, model: Any) -> dict[str, Any]:
+        import torch
+
+        stops = set(trainer.eos_token_ids)
         was_training = model.training
         model.eval()
         completions: list[list[int]] = []

@@ -7,9 +7,9 @@ from trained import train, write_prepared
 
 from prefbuild.artifact import write_manifest
 from prefbuild.methods import METHODS, SHAPES
-from prefbuild.training.common import NEEDED, newest_checkpoint
+from prefbuild.training.common import needed_files, newest_checkpoint
 
-FILES = {"adapter_model.safetensors", *NEEDED}
+FILES = {"adapter_model.safetensors", *needed_files()}
 
 
 def checkpoint(work: Path, step: int) -> Path:

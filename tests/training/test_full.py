@@ -16,7 +16,7 @@ from prefbuild.artifact import read_manifest, write_manifest
 from prefbuild.errors import StageError
 from prefbuild.methods import METHODS, PARTS, SHAPES
 from prefbuild.stages import merge
-from prefbuild.training.common import NEEDED
+from prefbuild.training.common import needed_files
 from prefbuild.training.reference import check_tokenizer
 
 # Of GRPO both: with KL a second model is the reference, without it there is none.
@@ -108,7 +108,7 @@ def test_a_killed_training_of_all_weights_goes_on_to_the_same_bytes(
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     (checkpoint,) = (tmp_path / "work").glob("checkpoint-*")
-    assert {path.name for path in checkpoint.iterdir()} >= {"model.safetensors", *NEEDED}
+    assert {path.name for path in checkpoint.iterdir()} >= {"model.safetensors", *needed_files()}
     train(tmp_path, "dpo", base, prepared["pairs"], use_peft=False)
     assert "going on from checkpoint-2" in capfd.readouterr().err
     assert digest(tmp_path) == digest(full_dpo)
