@@ -197,7 +197,7 @@ def rank(folder: Path, name: str, backend: str, train: dict[str, Any]) -> None:
         base={"name": "random", "revision": "0"},
         model=folder / "model",
         prepared=folder / "prepared",
-        adapter=out / "adapter",
+        trained=out / "adapter",
         live=out / "live",
         work=out / "work",
         name=name,

@@ -689,6 +689,8 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
             ("compute", "strategy"),
             f"is {compute.strategy}, which trains adapters alone here; write ddp, or train an adapter (train.use_peft: true)",
         )
+    if train.method == "reward":
+        yield ("compute", "strategy"), f"is {compute.strategy}, which does not spread a reward model's head; write ddp"
     if train.quantization is not None:
         yield (
             ("train", "quantization"),

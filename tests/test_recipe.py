@@ -1360,3 +1360,8 @@ def test_what_cannot_be_spread_over_gpus_is_said_at_its_key(strategy: str) -> No
     X.write_text(text.replace(both, "  use_peft: false\n"))
     (whole,) = problems()
     assert f"compute.strategy: is {strategy}, which trains adapters alone here; write ddp" in whole
+    reward = text.replace(both, "").replace("method: dpo", "method: reward")
+    X.write_text(re.sub("(?ms)^evaluate:.*?(?=^gates:)", "", reward).replace("evaluate.", "train.held_out."))
+    assert any(
+        f"compute.strategy: is {strategy}, which does not spread a reward model's head" in one for one in problems()
+    )
