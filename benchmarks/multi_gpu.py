@@ -177,7 +177,7 @@ def rank(folder: Path, name: str, backend: str, train: dict[str, Any]) -> None:
     import torch
 
     from prefbuild.methods import METHODS
-    from prefbuild.training import common, ranks, trainer
+    from prefbuild.training import Run, common, ranks, trainer
 
     ends: list[float] = []
     step_end = common.ProgressBar.on_step_end
@@ -193,14 +193,16 @@ def rank(folder: Path, name: str, backend: str, train: dict[str, Any]) -> None:
     out = folder / name
     metrics = trainer(train["method"])(
         METHODS[train["method"]].model_validate(train),
-        seed=42,
-        base={"name": "random", "revision": "0"},
-        model=folder / "model",
-        prepared=folder / "prepared",
-        trained=out / "adapter",
-        live=out / "live",
-        work=out / "work",
-        name=name,
+        Run(
+            seed=42,
+            base={"name": "random", "revision": "0"},
+            model=folder / "model",
+            prepared=folder / "prepared",
+            trained=out / "adapter",
+            live=out / "live",
+            work=out / "work",
+            name=name,
+        ),
     )
     steps = train["max_steps"]
     state = json.loads((out / f"work/checkpoint-{steps}/trainer_state.json").read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.errors import DataError, UsageError
-from prefbuild.machine import leave_out_bitsandbytes
+from prefbuild.machine import leave_out
 from prefbuild.measure import machine
 from prefbuild.rewards.model import is_reward_model
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
@@ -35,7 +35,7 @@ def generate(
             "completions with it"
         )
 
-    leave_out_bitsandbytes()
+    leave_out("bitsandbytes")
     import torch
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 

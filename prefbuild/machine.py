@@ -18,9 +18,10 @@ def cpu_bf16() -> set[str]:
     return {"avx512_bf16", "amx_bf16"} & cpu_flags()
 
 
-def leave_out_bitsandbytes() -> None:
-    """Tell this process that there is no bitsandbytes: PEFT imports it wherever it is installed, which takes 1.5 s.
+def leave_out(*packages: str) -> None:
+    """Tell this process that packages are not installed: TRL and PEFT import some wherever they are, which takes seconds.
 
-    Call it before PEFT or transformers is imported, where nothing is quantised.
+    Call it before those are imported, for what nothing here uses.
     """
-    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # how Python is told not to look
+    for package in packages:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # how Python is told not to look

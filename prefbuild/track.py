@@ -29,6 +29,11 @@ def asked_for() -> list[str]:
     return [name for name in os.environ.get("PREFBUILD_REPORT_TO", "").split(",") if name]
 
 
+def trackio_folder(folder: Path) -> Path:
+    """Where trackio's store is, in a recipe's folder of trackers; TRACKIO_DIR says so to trackio."""
+    return (folder / "trackio").resolve()
+
+
 def not_installed(report_to: list[str]) -> list[str]:
     """The trackers that this Python can't import."""
     return [name for name in report_to if not all(map(importlib.util.find_spec, MODULES[name]))]

@@ -21,10 +21,11 @@ from prefbuild.artifact import input_digest, write_manifest
 from prefbuild.errors import PrefbuildError, StageError, UsageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
 from prefbuild.launch import is_rank, launch, record_failure
-from prefbuild.machine import leave_out_bitsandbytes
+from prefbuild.machine import leave_out
 from prefbuild.methods import needs_bitsandbytes
 from prefbuild.resolve import STAGE_VERSIONS
 from prefbuild.stages import STAGES
+from prefbuild.track import asked_for, trackio_folder
 
 LOOPBACK = ("127.", "::1", "localhost")
 GIB = 2**30
@@ -81,8 +82,7 @@ def run_stage(stage: str, name: str) -> None:
     outputs = {role: out / path for role, path in section["outputs"].items()}
     started = time.monotonic()
     if num_ranks == 1 or is_rank():
-        if not needs_bitsandbytes(section["settings"].get("train")):
-            leave_out_bitsandbytes()
+        before_imports(section["settings"].get("train"))
         run = importlib.import_module(STAGES[stage]).run
         run(section["settings"], inputs, outputs, work, name)
     else:
@@ -104,6 +104,16 @@ def run_stage(stage: str, name: str) -> None:
         if path.is_dir() and role not in ("plots", "report"):
             write_manifest(path, stage=stage, name=name, inputs=digests)
     print(f"prefbuild: {stage} {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+def before_imports(train: dict[str, Any] | None) -> None:
+    """What must be said before libraries are imported: which others they shall not import, and where trackio writes."""
+    report_to = asked_for()
+    leave_out(*{"wandb", "mlflow", "trackio"}.difference(report_to))
+    if not needs_bitsandbytes(train):
+        leave_out("bitsandbytes")
+    if "trackio" in report_to:  # read when it is imported, by TRL even
+        os.environ["TRACKIO_DIR"] = str(trackio_folder(Path(os.environ["PREFBUILD_TRACKING"])))
 
 
 def count_ranks(stage: str, gpus: int) -> int:

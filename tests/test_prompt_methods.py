@@ -10,7 +10,7 @@ from prefbuild.recipe import Defaults, load_recipe
 
 RECIPE = """\
 base: {source: file, path: models/tiny}
-data: {sources: [{source: file, path: rows.jsonl}]}
+data: {sources: [{source: file, path: rows.jsonl}], held_out: 0.1}
 evaluate: {tasks: [{task: recipes/sums.yaml}]}
 gates: [{metric: GATE, max: 1.0}]
 train:
@@ -24,7 +24,12 @@ train:
 
 
 def write(
-    folder: Path, *, method: str = "grpo", reward: str = "reward: repetition", setting: str = "", gate: str = "train.kl"
+    folder: Path,
+    *,
+    method: str = "grpo",
+    reward: str = "reward: repetition",
+    setting: str = "",
+    gate: str = "train.entropy",
 ) -> Path:
     text = RECIPE.replace("METHOD", method).replace("REWARD", reward.replace("\n", "\n      "))
     path = folder / "first.yaml"

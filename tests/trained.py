@@ -12,7 +12,7 @@ import pytest
 
 from prefbuild.methods import METHODS, SHAPES
 from prefbuild.template import load_tokenizer, render_prompt
-from prefbuild.training import trainer
+from prefbuild.training import Run, trainer
 
 ANIMALS = ("cat", "dog", "horse", "cow", "hen", "fish", "goat", "bee")
 BASE = {"name": "test/tiny", "revision": "1234"}
@@ -53,15 +53,17 @@ def train(
     few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
-        seed=42,
-        base=BASE,
-        model=model,
-        prepared=prepared,
-        trained=folder / "adapter",
-        live=folder / "live",
-        work=folder / "work",
-        name="test",
-        **({"reference": other} if other else {}),
+        Run(
+            seed=42,
+            base=BASE,
+            model=model,
+            prepared=prepared,
+            trained=folder / "adapter",
+            live=folder / "live",
+            work=folder / "work",
+            name="test",
+            reference=other,
+        ),
     )
     return metrics
 

@@ -19,22 +19,21 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     verify_rewards(settings.get("rewards", []))
     for judge in inputs.get("reward_models", []):
         verify_artifact(judge)
-    from prefbuild.training import ranks, trainer
+    from prefbuild.training import Run, ranks, trainer
 
-    base = {"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]}
     method = settings["train"]["method"]
-    metrics = trainer(method)(
-        METHODS[method].model_validate(settings["train"]),
+    one = Run(
+        name=name,
         seed=settings["seed"],
-        base=base,
+        base={"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]},
         model=inputs["model"],
+        reference=inputs.get("reference"),
         prepared=inputs["prepared"],
         trained=outputs["adapter" if "adapter" in outputs else "trained"],
         live=outputs["live"].parent,
         work=work,
-        name=name,
-        **({"reference": inputs["reference"]} if "reference" in inputs else {}),
     )
+    metrics = trainer(method)(METHODS[method].model_validate(settings["train"]), one)
     if ranks.is_main():
         write_json(outputs["metrics"], metrics)
     ranks.leave()

@@ -21,7 +21,7 @@ from prefbuild.artifact import canonical_json, verify_artifact, write_atomic, wr
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16
 from prefbuild.methods import StopRule, TrainOptions, train_settings
-from prefbuild.training import ranks
+from prefbuild.training import Run, ranks
 from prefbuild.training.trackers import curve_points, trackers
 
 # Where a checkpoint has its optimizer, and its weights where that is not WEIGHTS, by how processes share them (launch.py).
@@ -52,12 +52,12 @@ def use_bf16(precision: str) -> bool:
     return bool(cpu_bf16())
 
 
-def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: int, bf16: bool, **own: Any) -> Any:
+def trainer_arguments(config: Any, settings: TrainOptions, *, run: Run, bf16: bool, **own: Any) -> Any:
     """The arguments that all of TRL's trainers have, and a method's own. `config` is the trainer's class of them."""
     import torch
 
     return config(
-        output_dir=str(work),
+        output_dir=str(run.work),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_steps,
@@ -71,8 +71,8 @@ def trainer_arguments(config: Any, settings: TrainOptions, *, work: Path, seed: 
         max_grad_norm=settings.max_grad_norm,
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
-        seed=seed,
-        data_seed=seed,
+        seed=run.seed,
+        data_seed=run.seed,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # Trainer would log an average in place of a loss that is no number
         logging_steps=settings.logging_steps,
@@ -259,6 +259,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def callbacks(run: Run, checkpoint: Path | None) -> list[TrainerCallback]:
+    """What every training has: curves, one progress bar, and checkpoints that are whole or none."""
+    return [Curves(run.live, resume_from=checkpoint), ProgressBar(run.name), Checkpoints(run.live)]
+
+
 class Curves(TrainerCallback):
     """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
 
@@ -432,12 +437,12 @@ def needed_files() -> set[str]:
     return STATE[ranks.strategy()] | random_states | {"scheduler.pt", "trainer_state.json"}
 
 
-def save_trained(settings: TrainOptions, model: Any, folder: Path, base: dict[str, str], base_model: Path) -> None:
-    """Save what was trained: the adapter, or all weights. `base` names the base, `base_model` is its folder."""
+def save_trained(settings: TrainOptions, model: Any, run: Run) -> None:
+    """Save what was trained: the adapter, or all weights."""
     if settings.use_peft:
-        _save_adapter(model, folder, base)
+        _save_adapter(model, run.trained, run.base)
     else:
-        _save_weights(model, folder, base_model)
+        _save_weights(model, run.trained, run.model)
 
 
 def _save_weights(model: Any, folder: Path, base_model: Path) -> None:

@@ -6,17 +6,15 @@ or another recipe's model is the reference.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO, PARTS
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     load_policy,
     lora_config,
     newest_checkpoint,
@@ -36,23 +34,9 @@ TOLERANCE = 0.2
 LN_2_LOSSES = {"sigmoid", "sigmoid_norm", "robust"}
 
 
-def train(
-    settings: DPO,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-    reference: Path | None = None,
-) -> dict[str, Any]:
+def train(settings: DPO, run: Run) -> dict[str, Any]:
     """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. `reference` is the folder of a reference that is not the base.
     Raises StageError when the loss is no number, or the reference is not what it should be.
     """
     import trl.trainer.utils
@@ -68,15 +52,14 @@ def train(
             return dataset
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     # On a CPU TRL 1.16 scores every position, prompts and padding too, and masks them afterwards; this makes it score
     # the positions that count, as it does on GPUs. The only use of the name in that module.
     trl.trainer.utils._use_triton = lambda device: True
     arguments = trainer_arguments(
         DPOConfig,
         settings,
-        work=work,
-        seed=seed,
+        run=run,
         bf16=bf16,
         loss_type=list(settings.loss_type),
         loss_weights=settings.loss_weights,
@@ -91,33 +74,33 @@ def train(
     )
 
     # ---- data
-    train_rows = read_ids(prepared / "train.jsonl", PARTS["pairs"])
-    held_out_rows = read_ids(prepared / "held_out.jsonl", PARTS["pairs"])
+    train_rows = read_ids(run.prepared / "train.jsonl", PARTS["pairs"])
+    held_out_rows = read_ids(run.prepared / "held_out.jsonl", PARTS["pairs"])
 
     # ---- reference
-    if reference is not None:
-        check_tokenizer(model, reference, prepared / "train.jsonl", PARTS["pairs"])
-    reference_model = load_reference(settings, model, reference, bf16)
-    checks = [] if reference is not None else [Reference(settings)]
+    if run.reference is not None:
+        check_tokenizer(run.model, run.reference, run.prepared / "train.jsonl", PARTS["pairs"])
+    reference_model = load_reference(settings, run.model, run.reference, bf16)
+    checks = [] if run.reference is not None else [Reference(settings)]
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = TokenizedDPOTrainer(
-        model=load_policy(settings, model, bf16),
+        model=load_policy(settings, run.model, bf16),
         ref_model=reference_model,
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
+        processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live), *checks],
+        callbacks=[*callbacks(run, checkpoint), *checks],
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(last, "rewards/"),

@@ -4,14 +4,12 @@ Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by h
 With beta above 0 the reference is the base itself: the adapter is switched off, or TRL loads the base a second time.
 """
 
-from pathlib import Path
 from typing import Any
 
 from prefbuild.methods import GRPO
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     load_policy,
     lora_config,
     newest_checkpoint,
@@ -23,37 +21,23 @@ from prefbuild.training.common import (
 from prefbuild.training.prompts import Prompts, as_prepared, prompt_arguments, save_between_generations
 
 
-def train(
-    settings: GRPO,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-) -> dict[str, Any]:
+def train(settings: GRPO, run: Run) -> dict[str, Any]:
     """Train on prepared prompts and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number, there are too few
-    prompts, or a reward fails.
+    Raises StageError when the loss is no number, there are too few prompts, or a reward fails.
     """
     import trl.trainer.utils
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     # Score the positions that count and no others, on a CPU too; as in dpo.py.
     trl.trainer.utils._use_triton = lambda device: True
     arguments = trainer_arguments(
         GRPOConfig,
         save_between_generations(settings),
-        work=work,
-        seed=seed,
+        run=run,
         bf16=bf16,
         **prompt_arguments(settings),
         loss_type=settings.loss_type,
@@ -66,19 +50,19 @@ def train(
     )
 
     # ---- data and rewards
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    prompts = Prompts(settings, prepared, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
+    prompts = Prompts(settings, run.prepared, tokenizer)
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = as_prepared(GRPOTrainer)(
-        model=load_policy(settings, model, bf16),
+        model=load_policy(settings, run.model, bf16),
         args=arguments,
         reward_funcs=prompts.reward_funcs(),
         train_dataset=prompts.dataset(),
         processing_class=tokenizer,
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=callbacks(run, checkpoint),
     )
     trainer.prompts = prompts
     before = prompts.measure(trainer)
@@ -86,5 +70,5 @@ def train(
 
     # ---- measure and save
     metrics = prompts.metrics(trainer, result, history, bf16, before)
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     return metrics

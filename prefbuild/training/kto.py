@@ -13,10 +13,9 @@ from typing import Any
 
 from prefbuild.errors import StageError
 from prefbuild.methods import KTO, PARTS
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     load_policy,
     lora_config,
     newest_checkpoint,
@@ -97,23 +96,9 @@ def check_held_out(path: Path, rows: list[Row]) -> None:
         )
 
 
-def train(
-    settings: KTO,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-    reference: Path | None = None,
-) -> dict[str, Any]:
+def train(settings: KTO, run: Run) -> dict[str, Any]:
     """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. `reference` is the folder of a reference that is not the base.
     Raises StageError when the loss is no number, for rows that KTO can't learn from, and for a reference of another
     tokenizer.
     """
@@ -130,14 +115,13 @@ def train(
             return dataset
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     # Score the positions that count and no others, on a CPU too; as in dpo.py.
     trl.trainer.utils._use_triton = lambda device: True
     arguments = trainer_arguments(
         KTOConfig,
         settings,
-        work=work,
-        seed=seed,
+        run=run,
         bf16=bf16,
         loss_type=settings.loss_type,
         beta=settings.beta,
@@ -148,27 +132,27 @@ def train(
     )
 
     # ---- data
-    train_rows = read_rows(prepared / "train.jsonl", settings, seed)
-    held_out_rows = read_rows(prepared / "held_out.jsonl", settings, seed)
-    check_verdicts(prepared / "train.jsonl", train_rows, settings)
-    check_held_out(prepared / "held_out.jsonl", held_out_rows)
+    train_rows = read_rows(run.prepared / "train.jsonl", settings, run.seed)
+    held_out_rows = read_rows(run.prepared / "held_out.jsonl", settings, run.seed)
+    check_verdicts(run.prepared / "train.jsonl", train_rows, settings)
+    check_held_out(run.prepared / "held_out.jsonl", held_out_rows)
 
     # ---- reference
-    if reference is not None:
-        check_tokenizer(model, reference, prepared / "train.jsonl", PARTS["labelled"])
-    reference_model = load_reference(settings, model, reference, bf16)
+    if run.reference is not None:
+        check_tokenizer(run.model, run.reference, run.prepared / "train.jsonl", PARTS["labelled"])
+    reference_model = load_reference(settings, run.model, run.reference, bf16)
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = TokenizedKTOTrainer(
-        model=load_policy(settings, model, bf16),
+        model=load_policy(settings, run.model, bf16),
         ref_model=reference_model,
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
+        processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=callbacks(run, checkpoint),
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 
@@ -176,7 +160,7 @@ def train(
     # A batch may have answers of one kind alone, so of each number it is the last there was.
     latest = {key: value for entry in history for key, value in entry.items()}
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(latest, "rewards/"),

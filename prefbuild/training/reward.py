@@ -9,10 +9,9 @@ from typing import Any
 from prefbuild.methods import PARTS, RewardModel
 from prefbuild.rewards.model import HEAD, make
 from prefbuild.template import padding_tokenizer
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     lora_config,
     model_options,
     newest_checkpoint,
@@ -33,23 +32,10 @@ def read_rows(path: Path) -> list[dict[str, list[int]]]:
     return [{f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")} for row in rows]
 
 
-def train(
-    settings: RewardModel,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-) -> dict[str, Any]:
+def train(settings: RewardModel, run: Run) -> dict[str, Any]:
     """Train an adapter and a head on prepared pairs and save them; returns the metrics of train.json.
 
-    `base` names the model in the adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number, or the base can't be
-    given a head.
+    Raises StageError when the loss is no number, or the base can't be given a head.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -70,12 +56,11 @@ def train(
             return loss
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     arguments = trainer_arguments(
         RewardConfig,
         settings,
-        work=work,
-        seed=seed,
+        run=run,
         bf16=bf16,
         center_rewards_coefficient=settings.center_rewards_coefficient,
         disable_dropout=settings.disable_dropout,
@@ -83,19 +68,19 @@ def train(
     )
 
     # ---- data
-    train_rows = read_rows(prepared / "train.jsonl")
-    held_out_rows = read_rows(prepared / "held_out.jsonl")
+    train_rows = read_rows(run.prepared / "train.jsonl")
+    held_out_rows = read_rows(run.prepared / "held_out.jsonl")
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = TokenizedRewardTrainer(
-        model=make(model, seed, **model_options(settings, bf16, whole=[HEAD])),
+        model=make(run.model, run.seed, **model_options(settings, bf16, whole=[HEAD])),
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=padding_tokenizer(model),
+        processing_class=padding_tokenizer(run.model),
         peft_config=lora_config(settings, task_type="SEQ_CLS", modules_to_save=[HEAD]),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=callbacks(run, checkpoint),
     )
     if settings.quantization:
         # TRL makes all that QLoRA trains bf16 (1.16); the head's input is float32 where nothing computes in bf16.
@@ -108,7 +93,7 @@ def train(
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     shown = ("loss", "accuracy", "margin")
     return {
         **shared_metrics(trainer, result, history, bf16),

@@ -3,14 +3,12 @@
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from prefbuild.methods import PARTS, SFT
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     load_policy,
     lora_config,
     newest_checkpoint,
@@ -31,22 +29,10 @@ def labelled(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
-def train(
-    settings: SFT,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-) -> dict[str, Any]:
+def train(settings: SFT, run: Run) -> dict[str, Any]:
     """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number.
+    Raises StageError when the loss is no number.
     """
     import trl.trainer.utils
     from datasets import Dataset
@@ -62,27 +48,27 @@ def train(
             return dataset
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     # Score the positions that count and no others, on a CPU too; as in dpo.py.
     trl.trainer.utils._use_triton = lambda device: True
     arguments = trainer_arguments(
-        SFTConfig, settings, work=work, seed=seed, bf16=bf16, loss_type=settings.loss_type, max_length=None
+        SFTConfig, settings, run=run, bf16=bf16, loss_type=settings.loss_type, max_length=None
     )
 
     # ---- data
-    train_rows = [labelled(row) for row in read_ids(prepared / "train.jsonl", PARTS["answers"])]
-    held_out_rows = [labelled(row) for row in read_ids(prepared / "held_out.jsonl", PARTS["answers"])]
+    train_rows = [labelled(row) for row in read_ids(run.prepared / "train.jsonl", PARTS["answers"])]
+    held_out_rows = [labelled(row) for row in read_ids(run.prepared / "held_out.jsonl", PARTS["answers"])]
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = TokenizedSFTTrainer(
-        model=load_policy(settings, model, bf16),
+        model=load_policy(settings, run.model, bf16),
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=AutoTokenizer.from_pretrained(model, local_files_only=True),
+        processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=callbacks(run, checkpoint),
     )
     if settings.disable_dropout:  # SFTConfig has no such option
         disable_dropout_in_model(trainer.model)  # type: ignore[arg-type]  # TRL says it may be None
@@ -91,7 +77,7 @@ def train(
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     measured = ("loss", "mean_token_accuracy", "entropy")
     return {
         **shared_metrics(trainer, result, history, bf16),

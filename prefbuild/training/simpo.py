@@ -3,15 +3,13 @@
 Started as the train stage: `dvc repro pipelines/<name>/dvc.yaml:train`, or by hand `prefbuild stage train <name>`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from prefbuild.methods import PARTS, SimPO
 from prefbuild.template import padding_tokenizer
+from prefbuild.training import Run
 from prefbuild.training.common import (
-    Checkpoints,
-    Curves,
-    ProgressBar,
+    callbacks,
     load_policy,
     lora_config,
     newest_checkpoint,
@@ -26,22 +24,10 @@ from prefbuild.training.common import (
 from prefbuild.training.pairs import PreparedPairs
 
 
-def train(
-    settings: SimPO,
-    *,
-    seed: int,
-    base: dict[str, str],
-    model: Path,
-    prepared: Path,
-    trained: Path,
-    live: Path,
-    work: Path,
-    name: str,
-) -> dict[str, Any]:
+def train(settings: SimPO, run: Run) -> dict[str, Any]:
     """Train on prepared rows and save the adapter, or all weights; returns the metrics of train.json.
 
-    `base` names the model in an adapter's config: {"name", "revision"}. Checkpoints go to `work`, and training
-    goes on from the newest whole one found there. Raises StageError when the loss is no number.
+    Raises StageError when the loss is no number.
     """
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -50,12 +36,11 @@ def train(
         pass
 
     # ---- settings
-    bf16 = set_up(settings, seed)
+    bf16 = set_up(settings, run.seed)
     arguments = trainer_arguments(
         CPOConfig,
         settings,
-        work=work,
-        seed=seed,
+        run=run,
         bf16=bf16,
         loss_type="simpo",
         beta=settings.beta,
@@ -67,26 +52,26 @@ def train(
     )
 
     # ---- data
-    train_rows = read_ids(prepared / "train.jsonl", PARTS["pairs"])
-    held_out_rows = read_ids(prepared / "held_out.jsonl", PARTS["pairs"])
+    train_rows = read_ids(run.prepared / "train.jsonl", PARTS["pairs"])
+    held_out_rows = read_ids(run.prepared / "held_out.jsonl", PARTS["pairs"])
 
     # ---- train
-    checkpoint = newest_checkpoint(work, settings.use_peft)
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     trainer = PreparedCPOTrainer(
-        model=load_policy(settings, model, bf16),
+        model=load_policy(settings, run.model, bf16),
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
-        processing_class=padding_tokenizer(model),
+        processing_class=padding_tokenizer(run.model),
         peft_config=lora_config(settings),
-        callbacks=[Curves(live, resume_from=checkpoint), ProgressBar(name), Checkpoints(live)],
+        callbacks=callbacks(run, checkpoint),
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
     first, last = history[0], history[-1]
     held_out = trainer.evaluate() if held_out_rows else {}
-    save_trained(settings, trainer.model, trained, base, model)
+    save_trained(settings, trainer.model, run)
     return {
         **shared_metrics(trainer, result, history, bf16),
         "rewards": pick(last, "rewards/"),

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from prefbuild.artifact import write_json
 from prefbuild.errors import StageError
-from prefbuild.track import PROJECT, asked_for
+from prefbuild.track import PROJECT, asked_for, trackio_folder
 
 Points = dict[str, float]
 
@@ -217,7 +217,7 @@ class Trackio:
     """A SQLite store; of several trainings of a recipe, the latest is the one that goes on."""
 
     def __init__(self, folder: Path, id: str | None, config: dict[str, Any], step: int):
-        where = (folder / "trackio").resolve()
+        where = trackio_folder(folder)
         os.environ["TRACKIO_DIR"] = str(where)
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
@@ -231,7 +231,7 @@ class Trackio:
                 project=PROJECT,
                 name=folder.name,
                 config=config,
-                resume="must" if id else "never",
+                resume="allow" if id else "never",  # a run killed at once may not be in the store yet
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,

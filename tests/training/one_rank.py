@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from prefbuild.launch import record_failure
-from prefbuild.machine import leave_out_bitsandbytes
+from prefbuild.machine import leave_out
 from prefbuild.training import ranks
 from prefbuild.worker import die_with_parent
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    leave_out_bitsandbytes()
+    leave_out("bitsandbytes")
     try:
         main()
     except Exception as error:

@@ -16,7 +16,7 @@ from prefbuild.errors import StageError
 from prefbuild.methods import DPO, StopRule
 from prefbuild.strict import Wrong
 from prefbuild.template import load_tokenizer, render_prompt
-from prefbuild.training import trainer
+from prefbuild.training import Run, trainer
 from prefbuild.training.dpo import check_reference
 
 Train = Callable[..., dict[str, Any]]
@@ -45,14 +45,16 @@ def run(tiny_model: Path, prepared: Path, folder: Path, **settings: Any) -> dict
     plain = {"method": "dpo", "max_steps": 2, "per_device_train_batch_size": 2, "precision": "float32"}
     return trainer("dpo")(
         DPO.model_validate(plain | settings),
-        seed=42,
-        base={"name": "me/tiny", "revision": "sha256:0"},
-        model=tiny_model,
-        prepared=prepared,
-        trained=folder / "adapter",
-        live=folder / "live",
-        work=folder / "work",
-        name="tiny",
+        Run(
+            seed=42,
+            base={"name": "me/tiny", "revision": "sha256:0"},
+            model=tiny_model,
+            prepared=prepared,
+            trained=folder / "adapter",
+            live=folder / "live",
+            work=folder / "work",
+            name="tiny",
+        ),
     )
 
 

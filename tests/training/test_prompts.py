@@ -10,7 +10,7 @@ import pytest
 from prefbuild.errors import StageError
 from prefbuild.methods import METHODS
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
-from prefbuild.training import trainer
+from prefbuild.training import Run, trainer
 
 BASE = {"name": "tiny", "revision": "sha256:0"}
 
@@ -54,14 +54,16 @@ def settings(method: str, **own: Any) -> Any:
 def run(folder: Path, model: Path, prepared: Path, options: Any, work: Path | None = None) -> dict[str, Any]:
     return trainer(options.method)(
         options,
-        seed=1,
-        base=BASE,
-        model=model,
-        prepared=prepared,
-        trained=folder / "adapter",
-        live=folder / "live",
-        work=work or folder / "work",
-        name="test",
+        Run(
+            seed=1,
+            base=BASE,
+            model=model,
+            prepared=prepared,
+            trained=folder / "adapter",
+            live=folder / "live",
+            work=work or folder / "work",
+            name="test",
+        ),
     )
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def tracked(tiny_model: Path, prepared: Path, tmp_path_factory: pytest.TempPathF
         patch.setenv("WANDB_MODE", "online")
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         patch.setenv("TRACKIO_SERVER_URL", "http://127.0.0.1:9")
+        for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
+            del sys.modules[module]  # another test imported it, for another folder
         for module in ("torch.utils.tensorboard", "wandb", "mlflow.tracking"):
             importlib.import_module(module)  # once, and not in both processes
         pid = os.fork()
