@@ -380,7 +380,7 @@ def test_ctrl_c_ends_the_build_and_leaves_no_container(base_image: str, root: Pa
         assert line, "the build ended"
     wait_for(lambda: bool(left()))
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=60) == 130
     wait_for(lambda: not left())
     assert not (root / LOCK).exists()
 
