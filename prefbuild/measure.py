@@ -9,6 +9,7 @@ cuts on the left with a warning. A kept measurement is trusted when its manifest
 import contextlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import shutil
@@ -97,6 +98,8 @@ def load_model(model: Path, batch_size: int, dtype: str, device: str) -> Any:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    # It warns that a model is loaded already, and that it is none of several processes'.
+    logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
     return HFLM(
         pretrained=weights.to(device),
         tokenizer=load_tokenizer(model),

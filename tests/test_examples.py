@@ -34,8 +34,8 @@ def test_every_example_loads(examples: dict[Path, Recipe]) -> None:
 
 
 def test_every_method_has_an_example(examples: dict[Path, Recipe]) -> None:
-    shipped = [*examples.values(), *load_recipes(ROOT).values()]
-    assert {recipe.train.method for recipe in shipped} == set(METHODS)
+    for method in METHODS:
+        assert examples[Path(f"recipes/examples/{method}.yaml")].train.method == method
 
 
 def test_the_rows_that_examples_ship_are_read(examples: dict[Path, Recipe], tmp_path: Path) -> None:

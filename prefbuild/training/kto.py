@@ -26,7 +26,7 @@ from prefbuild.training.common import (
     shared_metrics,
     trainer_arguments,
 )
-from prefbuild.training.reference import check_tokenizer, load_reference
+from prefbuild.training.reference import check_tokenizer, load_reference, reference_checks
 
 Row = dict[str, Any]
 
@@ -152,7 +152,7 @@ def train(settings: KTO, run: Run) -> dict[str, Any]:
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
         processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
         peft_config=lora_config(settings),
-        callbacks=callbacks(run, checkpoint),
+        callbacks=[*callbacks(run, checkpoint), *reference_checks(settings, run)],
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 

@@ -17,7 +17,7 @@ from prefbuild.methods import DPO, StopRule
 from prefbuild.strict import Wrong
 from prefbuild.template import load_tokenizer, render_prompt
 from prefbuild.training import Run, trainer
-from prefbuild.training.dpo import check_reference
+from prefbuild.training.reference import check_reference
 
 Train = Callable[..., dict[str, Any]]
 SIX_STEPS = {"max_steps": 6, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}

@@ -11,6 +11,7 @@ from trained import answer_log_probs, batches, read_prepared, train, unpadded, w
 from prefbuild.errors import StageError
 from prefbuild.methods import KTO
 from prefbuild.training.kto import check_held_out, check_verdicts, read_rows, with_other_answers
+from prefbuild.training.reference import check_reference
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,10 @@ def test_uneven_verdicts_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     check_held_out(Path("rows"), rows[:2])
     assert "rows: all 2 answers are good, so there is no margin to measure" in capsys.readouterr().err
+
+
+def test_a_reward_before_any_update_is_refused() -> None:
+    first = {"rewards/chosen": 0.5, "loss": 0.4}  # a first batch of good answers alone
+    with pytest.raises(StageError, match=r"rewards of 0.5 \(chosen\) before any update, where all must be 0"):
+        check_reference(KTO.model_validate({"method": "kto"}), first)
+    check_reference(KTO.model_validate({"method": "kto"}), first | {"rewards/chosen": 1e-3})
