@@ -166,7 +166,7 @@ def test_a_reference_that_is_not_the_base_ends_the_run_at_its_first_step(
             layer.weight.data.fill_(1.0)
 
     monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start_elsewhere)
-    with pytest.raises(StageError, match="step 1 has rewards of .* before any update, where both must be 0"):
+    with pytest.raises(StageError, match="step 1 has rewards of .* before any update, where all must be 0"):
         train(max_steps=2)
 
 
