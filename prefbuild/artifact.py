@@ -25,6 +25,11 @@ KINDS = {
 }
 
 
+def merged_folder(recipe: str) -> str:
+    """Where a build leaves a recipe's model, from the project's root."""
+    return f"build/{recipe}/merged"
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, two-space indent and a final newline: equal values give equal bytes.
 

@@ -24,7 +24,7 @@ from prefbuild.errors import LockError, StageError
 from prefbuild.launch import INSTALL_DEEPSPEED
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import SHAPES, PromptOptions, Train, TrainOptions, reference_recipe, split_batch
+from prefbuild.methods import BNB_OPTIMIZERS, SHAPES, PromptOptions, Train, TrainOptions, reference_recipe, split_batch
 from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
@@ -48,7 +48,6 @@ STATE_BYTES = {
     "adamw_bnb_8bit": 2,
     "sgd": 0,
 }
-GPU_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 LIST_GPUS = """
 import json, torch
@@ -488,7 +487,7 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
         if idle:
             found = f"{idle} GPU here, and the recipe uses none: compute.gpus is 0"
             findings.append(Finding(what="GPU", state="ok", found=found))
-    if recipe.train.optim in GPU_OPTIMIZERS and not gpus:
+    if recipe.train.optim in BNB_OPTIMIZERS and not gpus:
         small = "; a LoRA adapter's optimizer state is small anyway" if recipe.train.use_peft else ""
         fix = f"set compute.gpus: 1, or train.optim: adamw_torch{small}"
         findings.append(

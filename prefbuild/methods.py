@@ -20,6 +20,7 @@ LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
+BNB_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")  # bitsandbytes' own, which need a GPU
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses in which TRL 1.16 uses label_smoothing
 # The losses that TRL lets measure distance in other ways than reverse KL.
 F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -561,7 +562,7 @@ def needs_bitsandbytes(train: dict[str, Any] | None) -> bool:
     """Whether a resolved `train:` has its weights or its optimizer from bitsandbytes. A stage without one has neither."""
     if train is None:
         return False
-    return train.get("quantization") is not None or not train["optim"].startswith(("adamw_torch", "sgd"))
+    return train.get("quantization") is not None or train["optim"] in BNB_OPTIMIZERS
 
 
 def reward_columns(train: Any) -> list[str]:

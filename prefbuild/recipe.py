@@ -21,6 +21,7 @@ from prefbuild import yamlfile
 from prefbuild.artifact import canonical_json
 from prefbuild.errors import RecipeError, UsageError
 from prefbuild.methods import (
+    BNB_OPTIMIZERS,
     GRPO,
     PARTS,
     RLOO,
@@ -697,7 +698,7 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
             f"can't be spread over GPUs by {compute.strategy}; remove it (each GPU has a part of the weights anyway), "
             "or write compute.strategy: ddp",
         )
-    if not train.optim.startswith("adamw_torch") and train.optim != "sgd":
+    if train.optim in BNB_OPTIMIZERS:
         yield (
             ("train", "optim"),
             f"is {train.optim}, bitsandbytes' own, which can't update weights that {compute.strategy} spreads over GPUs; "

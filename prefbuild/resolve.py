@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild import lock as locks
-from prefbuild.artifact import canonical_json, write_atomic
+from prefbuild.artifact import canonical_json, merged_folder, write_atomic
 from prefbuild.errors import LockError, UsageError
 from prefbuild.methods import reference_recipe, reward_columns, reward_files, reward_models, train_settings
 from prefbuild.recipe import (
@@ -30,7 +30,6 @@ from prefbuild.recipe import (
     seconds,
     size_bytes,
 )
-from prefbuild.rewards.model import folder_of
 from prefbuild.sources import node_id, title
 
 STAGE_VERSIONS = {
@@ -211,13 +210,13 @@ def _base_id(recipe: Recipe) -> str:
 
 def _base_path(recipe: Recipe, base_id: str) -> str:
     if recipe.base.source == "recipe":
-        return f"build/{recipe.base.recipe}/merged"
+        return merged_folder(recipe.base.recipe)
     return f"build/models/{base_id}"
 
 
 def _base_name(recipe: Recipe) -> str:
     if recipe.base.source == "recipe":
-        return f"build/{recipe.base.recipe}/merged"
+        return merged_folder(recipe.base.recipe)
     if recipe.base.source == "hub":
         return recipe.base.name or recipe.base.repo  # what PEFT loads an adapter's base by
     return recipe.base.name or title(recipe.base.model_dump(mode="json"))
@@ -259,7 +258,7 @@ def _recipe_sections(
     # Left out where there are none, so that other recipes' sections keep their bytes.
     reward_inputs = {"rewards": files} if (files := reward_files(recipe.train)) else {}
     if judges := reward_models(recipe.train):
-        reward_inputs["reward_models"] = [folder_of(judge).as_posix() for judge in judges]
+        reward_inputs["reward_models"] = [merged_folder(judge) for judge in judges]
     # `adapter`, or all weights as they were trained.
     trained = "adapter" if recipe.train.use_peft else "trained"
     train, reference_inputs = _reference(recipe)
@@ -272,7 +271,7 @@ def _recipe_sections(
         "samples": f"{out}/evaluate",
         "prepared": f"{out}/prepared",
         trained: f"{out}/{trained}",
-        "merged": f"{out}/merged",
+        "merged": merged_folder(name),
         "base_model": model,
         "baseline": f"build/baselines/{base_id}",
         "others": [f"build/{rival}/evaluate" for rival in rivals],
@@ -353,7 +352,7 @@ def _reference(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
         return train, {}
     if recipe.base.source == "recipe" and recipe.base.recipe == other:
         return train_settings(recipe.train.model_copy(update={"reference": "base"})), {}
-    return train, {"reference": f"build/{other}/merged"}
+    return train, {"reference": merged_folder(other)}
 
 
 def _report_section(project: Project) -> Section:

@@ -40,6 +40,12 @@ def read_prepared(prepared: Path, name: str = "train") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (prepared / f"{name}.jsonl").read_text().splitlines()]
 
 
+def run_in(folder: Path, model: Path, prepared: Path, **own: Any) -> Run:
+    """A run that leaves what it trains in folder/adapter, its curves in folder/live and checkpoints in folder/work."""
+    places: dict[str, Any] = {"trained": folder / "adapter", "live": folder / "live", "work": folder / "work"}
+    return Run(**{"name": "test", "seed": 42, "base": BASE, "model": model, "prepared": prepared} | places | own)
+
+
 def train(
     folder: Path, method: str, model: Path, prepared: Path, other: Path | None = None, **settings: Any
 ) -> dict[str, Any]:
@@ -53,17 +59,7 @@ def train(
     few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
     metrics: dict[str, Any] = trainer(method)(
         METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
-        Run(
-            seed=42,
-            base=BASE,
-            model=model,
-            prepared=prepared,
-            trained=folder / "adapter",
-            live=folder / "live",
-            work=folder / "work",
-            name="test",
-            reference=other,
-        ),
+        run_in(folder, model, prepared, reference=other),
     )
     return metrics
 

@@ -9,18 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import read_json
+from prefbuild.artifact import merged_folder, read_json
 from prefbuild.errors import DataError, StageError
 from prefbuild.rows import Message
 from prefbuild.template import padding_tokenizer, render_completion, render_prompt, special_tokens, tokenize
 
 HEAD = "score"
 BATCH = 8  # answers scored at once
-
-
-def folder_of(recipe: str) -> Path:
-    """Where a build leaves a recipe's reward model, from the project's root."""
-    return Path("build", recipe, "merged")
 
 
 def is_reward_model(folder: Path) -> bool:
@@ -115,7 +110,7 @@ class Judge:
         """StageError when its build left none."""
         import torch
 
-        self.folder = folder_of(recipe)
+        self.folder = Path(merged_folder(recipe))
         # In float32 on a CPU, whose bf16 is slower, and in the checkpoint's own format on a GPU.
         on_gpu = torch.cuda.is_available()
         self.model = load(self.folder, "auto" if on_gpu else torch.float32).eval()

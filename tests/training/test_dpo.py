@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from project import write_rows
 from pydantic import ValidationError
+from trained import run_in
 
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO, StopRule
 from prefbuild.strict import Wrong
 from prefbuild.template import load_tokenizer, render_prompt
-from prefbuild.training import Run, trainer
+from prefbuild.training import trainer
 from prefbuild.training.reference import check_reference
 
 Train = Callable[..., dict[str, Any]]
@@ -43,19 +44,8 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def run(tiny_model: Path, prepared: Path, folder: Path, **settings: Any) -> dict[str, Any]:
     plain = {"method": "dpo", "max_steps": 2, "per_device_train_batch_size": 2, "precision": "float32"}
-    return trainer("dpo")(
-        DPO.model_validate(plain | settings),
-        Run(
-            seed=42,
-            base={"name": "me/tiny", "revision": "sha256:0"},
-            model=tiny_model,
-            prepared=prepared,
-            trained=folder / "adapter",
-            live=folder / "live",
-            work=folder / "work",
-            name="tiny",
-        ),
-    )
+    base = {"name": "me/tiny", "revision": "sha256:0"}
+    return trainer("dpo")(DPO.model_validate(plain | settings), run_in(folder, tiny_model, prepared, base=base))
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trained import run_in
 
 from prefbuild.errors import StageError
 from prefbuild.methods import METHODS
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
-from prefbuild.training import Run, trainer
+from prefbuild.training import trainer
 
 BASE = {"name": "tiny", "revision": "sha256:0"}
 
@@ -52,19 +53,8 @@ def settings(method: str, **own: Any) -> Any:
 
 
 def run(folder: Path, model: Path, prepared: Path, options: Any, work: Path | None = None) -> dict[str, Any]:
-    return trainer(options.method)(
-        options,
-        Run(
-            seed=1,
-            base=BASE,
-            model=model,
-            prepared=prepared,
-            trained=folder / "adapter",
-            live=folder / "live",
-            work=work or folder / "work",
-            name="test",
-        ),
-    )
+    where = run_in(folder, model, prepared, seed=1, base=BASE, work=work or folder / "work")
+    return trainer(options.method)(options, where)
 
 
 @pytest.fixture(scope="module")
