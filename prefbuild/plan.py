@@ -1,38 +1,37 @@
 """What will fit a device, and how long it takes: the arithmetic of packed training and of decoding, without a model.
 
 Bytes are those of tensors, as torch counts them at their peak. Seconds are FLOPs over the device's measured matmul
-speed, plus bytes that other kernels move over its measured bandwidth, or the time the host needs to launch all these
-kernels where that is longer. Both are checked: the bytes against what autograd keeps (tests/test_plan.py), all of it
-against a GPU (benchmarks/plan.py).
+speed plus bytes that other kernels move over its measured bandwidth, or the time that the host needs to launch all
+these kernels where that is longer. What autograd keeps is counted on a CPU (tests/test_plan.py); all of it is measured
+on a GPU (benchmarks/plan.py).
 
 Covered: llama-like models (attention, norms, a gated MLP) with a LoRA adapter or all weights. Not covered: mixtures of
-experts, DoRA, other programs on the same device, and reading the weights from a cold disk.
+experts, DoRA, other programs on the same device.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefbuild.shape import ModelShape
-
-__all__ = ["PackedPlan", "ModelShape", "RolloutPlan", "Speed", "plan_packed", "plan_rollout"]
+from prefbuild.training.packing import into_bins
 
 Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prompt, chosen, rejected)
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
 FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
-HEAD_CHUNK = 1024  # completion tokens whose logits exist at once
-# Kernels that the host launches for one layer: forward, and with the backward pass; and for a step beside layers.
+LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
+LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
+# Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
 KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_STEP = 45, 100, 400
-# How often other kernels move what a layer keeps, forward and backward: written, read by the next, read again for
-# gradients, which are written and read in their turn.
+# How often other kernels move what a layer keeps: written and read forward; backward read, and its gradient written and
+# read again.
 PASSES_FORWARD, PASSES_BACKWARD = 2.0, 4.0
-ATTENTION = 0.5  # the share of a matmul's speed that attention reaches
+ATTENTION = 0.5  # the share of a large matmul's speed that attention reaches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a device does, as measured: FLOP/s of a large matmul, bytes/s read and written, seconds a kernel's launch."""
+    """What a device does, as measured: FLOP/s of large matmuls, bytes/s read and written, seconds a kernel's launch."""
 
     matmul: float
     bandwidth: float
@@ -43,13 +42,44 @@ H200 = Speed(matmul=750e12, bandwidth=4.0e12, launch=6e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How a model is trained, as far as bytes and FLOPs go."""
+
+    shape: ModelShape
+    lora_r: int | None  # None: all weights; 0: none, as for scoring
+    bytes_per_number: int = 2
+    fused: bool = True  # norms, rotary embedding and SwiGLU in kernels of their own
+    statistics: bool = False  # entropies beside log-probabilities
+    quantized: bool = False  # a base in NF4 ...
+    dequantise: bool = False  # ... which is unpacked once
+    checkpointing: bool = False  # layers are computed again for gradients
+
+    @property
+    def num_trained(self) -> int:
+        """Weights that are trained: an adapter's on all linear layers, or all."""
+        if self.lora_r is None:
+            return self.shape.num_parameters
+        return self.lora_r * self.shape.layers * sum(a + b for a, b in self.shape.linear)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What rows ask for when they are packed, each prompt once."""
+
+    tokens: float
+    scored: float  # tokens of completions
+    keys: float  # a prompt's are there for itself and again for each completion
+    pairs: float  # of a query and a key that it attends to
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedPlan:
-    """How packed training does its steps. Memory in bytes, of tensors at their peak; `fits` says whether there is as much."""
+    """How packed training does its steps. Memory is in bytes of tensors at their peak; `fits` says if there is as much."""
 
     token_budget: int  # tokens a micro-batch
-    micro_batches: int  # of the largest step
-    checkpointing: bool  # whether layers are computed again for gradients
-    dequantise: bool  # whether a base in 4 bits is unpacked once
+    micro_batches: int  # at most, in a step
+    checkpointing: bool
+    dequantise: bool
     peak_memory: int
     seconds_per_step: float
     fits: bool
@@ -65,177 +95,138 @@ class RolloutPlan:
     seconds: float  # of a step's completions, with their prompts
 
 
-# ---- tokens
-
-
-def row_tokens(row: Row) -> int:
-    """Tokens a row takes when its prompt is there once."""
-    return sum(row)
-
-
-def attention_pairs(row: Row) -> int:
-    """(query, key) pairs of a row: causal within the prompt, and each completion's on the prompt and itself."""
-    prompt, *completions = row
-    return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in completions)
+def load_of(rows: Sequence[Row]) -> Load:
+    """The sums over rows. Attention is causal; a completion attends to its prompt and to itself."""
+    tokens = scored = keys = pairs = 0
+    for prompt, *completions in rows:
+        tokens += prompt + sum(completions)
+        scored += sum(completions)
+        keys += prompt * (1 + len(completions)) + sum(completions)
+        pairs += prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in completions)
+    return Load(tokens=tokens, scored=scored, keys=keys, pairs=pairs)
 
 
 # ---- bytes
 
 
-def layer_bytes(shape: ModelShape, *, lora_r: int | None, bytes_per_number: int = 2, fused: bool = True) -> int:
-    """Bytes that autograd keeps of one token in one layer.
+def layer_bytes(how: Arithmetic, keys: float = 1.0) -> float:
+    """Bytes that autograd keeps of one token in one layer; `keys` are those that attention takes, a token.
 
     In numbers: inputs and outputs of both norms (4 hidden), queries and attention's output (2 queries), keys and values,
-    gate, up and their product (3 intermediate), and what each adapter's A gave (7 r); attention's log-sum a head and the
-    norms' scale are float32. Without fused kernels a norm keeps a float32 copy of its input, and SwiGLU one number more.
+    gate, up and their product (3 intermediate), and what each adapter's A gave (7 r). Attention's log-sum a head and the
+    norms' scales are float32. A norm of several kernels keeps its input in float32, and SwiGLU one number more. Where
+    all weights are trained, norms keep their result in float32 too, and autocast a copy of it for each linear layer.
     """
-    norm = shape.hidden * bytes_per_number if fused else shape.hidden * 4
-    numbers = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + (3 if fused else 4) * shape.intermediate
-    return 2 * norm + (numbers + 7 * (lora_r or 0)) * bytes_per_number + 4 * (shape.heads + 2)
-
-
-def weight_bytes(shape: ModelShape, *, bytes_per_number: int = 2, quantized: bool = False) -> int:
-    """Bytes of a model's weights; in NF4 its linear layers take 4 bits a weight and a float32 scale for each 64."""
-    if not quantized:
-        return shape.num_parameters * bytes_per_number
-    whole = max(0, shape.num_parameters - shape.linear_weights)
-    return whole * bytes_per_number + int(shape.linear_weights * (4 + 32 / 64) / 8)
-
-
-def num_trained(shape: ModelShape, lora_r: int | None) -> int:
-    """Weights that are trained: an adapter's on all linear layers, or (None) all."""
-    if lora_r is None:
-        return shape.num_parameters
-    return lora_r * shape.layers * sum(a + b for a, b in shape.linear)
-
-
-def fixed_bytes(
-    shape: ModelShape, *, lora_r: int | None, quantized: bool = False, dequantise: bool = False, bytes_per_number: int = 2
-) -> int:
-    """Bytes that are there whatever a step's tokens: weights, and what is trained with its gradients and Adam's moments.
-
-    What is trained is float32: 16 bytes a weight; all weights have autocast's bf16 copies beside them.
-    """
-    trained = 16 * num_trained(shape, lora_r)
-    if lora_r is None:
-        return trained + (shape.num_parameters * 2 if bytes_per_number == 2 else 0)
-    return trained + weight_bytes(shape, bytes_per_number=bytes_per_number, quantized=quantized and not dequantise)
-
-
-def peak_bytes(
-    shape: ModelShape,
-    tokens: int,
-    completion_tokens: int,
-    *,
-    lora_r: int | None,
-    checkpointing: bool,
-    bytes_per_number: int = 2,
-    fused: bool = True,
-    statistics: bool = False,
-) -> int:
-    """Bytes that a micro-batch takes at its peak, beside fixed_bytes: what all layers keep, and the more of
-
-    the head: hidden states of completion tokens, their gradients in float32, and a chunk of logits in both formats,
-    or the last layer's backward pass: gradients of gate, up and their product, and of two hidden states.
-    """
-    layer = layer_bytes(shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused)
-    if checkpointing:
-        kept = tokens * (shape.layers * shape.hidden * bytes_per_number + layer)
+    shape, size = how.shape, how.bytes_per_number
+    numbers = 2 * shape.queries + 2 * shape.keys * keys + (3 if how.fused else 4) * shape.intermediate
+    numbers += 7 * (how.lora_r or 0)
+    if how.lora_r is None:
+        norms = 2 * (4 + 4) * shape.hidden + (5 * shape.hidden * 2 if size == 2 else 2 * shape.hidden * 4)
     else:
-        kept = tokens * shape.layers * layer
-    kept += tokens * (2 * shape.hidden + 2 * shape.head_dim) * bytes_per_number  # embeddings, last norm, rotary tables
-    chunk = min(HEAD_CHUNK, completion_tokens) * shape.vocabulary * (bytes_per_number + 4 * (3 if statistics else 2))
-    head = chunk + completion_tokens * shape.hidden * (2 * bytes_per_number + 4)
-    backward = tokens * (3 * shape.intermediate + 2 * shape.hidden) * bytes_per_number
-    return kept + max(head, backward)
+        norms = 2 * (size if how.fused else 4) * shape.hidden + 2 * shape.hidden * size
+    return norms + numbers * size + 4 * (shape.heads + 2)
+
+
+def weight_bytes(how: Arithmetic) -> int:
+    """Bytes of the base's weights; in NF4 its linear layers take 4 bits a weight and a float32 scale for each 64."""
+    shape = how.shape
+    if not how.quantized or how.dequantise:
+        return shape.num_parameters * how.bytes_per_number
+    whole = max(0, shape.num_parameters - shape.linear_weights)
+    return whole * how.bytes_per_number + int(shape.linear_weights * (4 + 32 / 64) / 8)
+
+
+def fixed_bytes(how: Arithmetic) -> int:
+    """Bytes that are there whatever a step's tokens: weights, and what is trained, with its gradients and Adam's moments.
+
+    What is trained is float32, which makes 16 bytes a weight, and has a copy in the format that computes.
+    """
+    trained = (16 + (2 if how.bytes_per_number == 2 else 0)) * how.num_trained
+    return trained + (0 if how.lora_r is None else weight_bytes(how))
+
+
+def peak_bytes(how: Arithmetic, load: Load) -> int:
+    """Bytes of a micro-batch at its peak, weights and all: what every layer keeps, and the more of
+
+    the head: hidden states of scored tokens and their gradients, and a chunk of logits, or
+    the last layer's backward pass: gradients of its MLP, and of three hidden states.
+    """
+    shape, size = how.shape, how.bytes_per_number
+    layer = load.tokens * layer_bytes(how, load.keys / load.tokens)
+    kept = layer + load.tokens * shape.layers * shape.hidden * size if how.checkpointing else layer * shape.layers
+    kept += load.tokens * (2 * shape.hidden + 2 * shape.head_dim) * size  # embeddings, the last norm, rotary tables
+    chunk = min(LOGITS_AT_ONCE, load.scored * shape.vocabulary) * (LOGIT_BYTES + (4 if how.statistics else 0))
+    head = chunk + 3 * load.scored * shape.hidden * size
+    backward = load.tokens * ((1 if how.fused else 3) * shape.intermediate + 3 * shape.hidden) * size
+    return int(fixed_bytes(how) + kept + max(head, backward))
 
 
 # ---- seconds
 
 
-def forward_seconds(
-    shape: ModelShape, tokens: float, pairs: float, *, lora_r: int | None, speed: Speed, bytes_per_number: int = 2
-) -> float:
-    """Seconds of the device for all layers, forward: matmuls (never faster than their weights are read), the rest, attention."""
-    flops = 2 * tokens * (shape.linear_weights + (num_trained(shape, lora_r) if lora_r is not None else 0))
-    layer = layer_bytes(shape, lora_r=lora_r, bytes_per_number=bytes_per_number)
+def forward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
+    """The device's seconds for all layers: matmuls, which are never faster than their weights are read, and the rest."""
+    shape = how.shape
+    moved = PASSES_FORWARD * shape.layers * load.tokens * layer_bytes(how, load.keys / load.tokens)
+    unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     return (
-        max(flops / speed.matmul, shape.linear_weights * bytes_per_number / speed.bandwidth)
-        + PASSES_FORWARD * tokens * shape.layers * layer / speed.bandwidth
-        + 4 * pairs * shape.queries * shape.layers / (ATTENTION * speed.matmul)
+        _linear_seconds(how, load.tokens, speed)
+        + (2 * load.tokens * how.num_trained / speed.matmul if how.lora_r else 0.0)
+        + 4 * load.pairs * shape.queries * shape.layers / (ATTENTION * speed.matmul)
+        + (moved + unpacked) / speed.bandwidth
     )
 
 
-def micro_batch_seconds(
-    shape: ModelShape,
-    tokens: float,
-    completion_tokens: float,
-    pairs: float,
-    *,
-    lora_r: int | None,
-    checkpointing: bool,
-    packed_weights: bool,
-    speed: Speed,
-    bytes_per_number: int = 2,
-) -> float:
-    """Seconds of one micro-batch, forward and backward; `packed_weights`: 4 bits, unpacked for each pass.
+def backward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
+    """The device's seconds for the gradients of all layers.
 
-    A frozen weight costs its gradient's half of the backward pass nothing: 2 FLOPs a weight and token, as forward.
+    2 FLOPs a token and weight for gradients of activations; of weights 2 more where they are trained, which an adapter
+    spares all but its own.
     """
-    forward = forward_seconds(shape, tokens, pairs, lora_r=lora_r, speed=speed, bytes_per_number=bytes_per_number)
-    trained = num_trained(shape, lora_r) if lora_r is not None else shape.linear_weights
-    layer = layer_bytes(shape, lora_r=lora_r, bytes_per_number=bytes_per_number)
-    backward = (
-        max(2 * tokens * shape.linear_weights / speed.matmul, shape.linear_weights * bytes_per_number / speed.bandwidth)
-        + 2 * tokens * trained * (2 if lora_r is not None else 1) / speed.matmul
-        + PASSES_BACKWARD * tokens * shape.layers * layer / speed.bandwidth
-        + 10 * pairs * shape.queries * shape.layers / (ATTENTION * speed.matmul)
+    shape = how.shape
+    moved = PASSES_BACKWARD * shape.layers * load.tokens * layer_bytes(how, load.keys / load.tokens)
+    unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
+    trained = 4 * how.num_trained if how.lora_r else 2 * shape.linear_weights
+    return (
+        _linear_seconds(how, load.tokens, speed)
+        + load.tokens * trained / speed.matmul
+        + 10 * load.pairs * shape.queries * shape.layers / (ATTENTION * speed.matmul)
+        + (moved + unpacked) / speed.bandwidth
     )
-    head = 6 * completion_tokens * shape.hidden * shape.vocabulary / speed.matmul
-    head += 20 * completion_tokens * shape.vocabulary / speed.bandwidth
-    passes = 3 if checkpointing else 2
-    unpack = passes * shape.linear_weights * (0.5 + bytes_per_number) / speed.bandwidth if packed_weights else 0.0
-    device = (2 if checkpointing else 1) * forward + backward + head + unpack
-    kernels = KERNELS_BACKWARD + KERNELS_FORWARD * (2 if checkpointing else 1)
-    return max(device, shape.layers * kernels * speed.launch)
 
 
-def step_seconds(
-    shape: ModelShape,
-    rows: Sequence[Row],
-    token_budget: int,
-    *,
-    lora_r: int | None,
-    checkpointing: bool,
-    packed_weights: bool = False,
-    speed: Speed,
-    bytes_per_number: int = 2,
-) -> float:
-    """Seconds of a step: its micro-batches, and the optimizer, which reads and writes 28 bytes a trained weight."""
-    tokens = sum(map(row_tokens, rows))
-    num = math.ceil(tokens / token_budget)
-    each = micro_batch_seconds(
-        shape,
-        tokens / num,
-        sum(sum(row[1:]) for row in rows) / num,
-        sum(map(attention_pairs, rows)) / num,
-        lora_r=lora_r,
-        checkpointing=checkpointing,
-        packed_weights=packed_weights,
-        speed=speed,
-        bytes_per_number=bytes_per_number,
-    )
-    optimizer = 28 * num_trained(shape, lora_r) / speed.bandwidth
-    return num * each + optimizer + KERNELS_STEP * speed.launch
+def _linear_seconds(how: Arithmetic, tokens: float, speed: Speed) -> float:
+    weights = how.shape.linear_weights
+    return max(2 * tokens * weights / speed.matmul, weights * how.bytes_per_number / speed.bandwidth)
 
 
-def reference_seconds(shape: ModelShape, rows: Sequence[Row], *, speed: Speed, bytes_per_number: int = 2) -> float:
-    """Seconds that the reference's log-probabilities of rows take, in bins that fill the device."""
-    tokens, pairs = sum(map(row_tokens, rows)), sum(map(attention_pairs, rows))
-    completion_tokens = sum(sum(row[1:]) for row in rows)
-    layers = forward_seconds(shape, tokens, pairs, lora_r=None, speed=speed, bytes_per_number=bytes_per_number)
-    head = completion_tokens * shape.vocabulary * (2 * shape.hidden / speed.matmul + 8 / speed.bandwidth)
-    return layers + head
+def head_seconds(how: Arithmetic, scored: float, speed: Speed, *, gradient: bool) -> float:
+    """The head's: logits forward, and for a gradient once more, and the gradient itself."""
+    shape = how.shape
+    flops, moved = (6, 2 * LOGIT_BYTES + 12) if gradient else (2, 12)
+    return scored * shape.vocabulary * (flops * shape.hidden / speed.matmul + moved / speed.bandwidth)
+
+
+def micro_batch_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
+    """Forward and backward of one micro-batch: the device's time, or the host's where that is longer."""
+    forwards = 2 if how.checkpointing else 1
+    device = forwards * forward_seconds(how, load, speed) + backward_seconds(how, load, speed)
+    device += head_seconds(how, load.scored, speed, gradient=True)
+    return max(device, how.shape.layers * (KERNELS_FORWARD * forwards + KERNELS_BACKWARD) * speed.launch)
+
+
+def step_seconds(how: Arithmetic, rows: Sequence[Row], token_budget: int, speed: Speed) -> tuple[float, int]:
+    """Seconds of a step, and its micro-batches. The optimizer reads and writes 28 bytes a trained weight."""
+    bins = into_bins([sum(row) for row in rows], token_budget)
+    batches = sum(micro_batch_seconds(how, load_of([rows[i] for i in members]), speed) for members in bins)
+    return batches + 28 * how.num_trained / speed.bandwidth + KERNELS_STEP * speed.launch, len(bins)
+
+
+def reference_seconds(how: Arithmetic, rows: Sequence[Row], speed: Speed) -> float:
+    """Seconds that the log-probabilities of rows under the reference take, in bins that fill the device."""
+    load = load_of(rows)
+    whole = replace(how, lora_r=0)
+    return forward_seconds(whole, load, speed) + head_seconds(whole, load.scored, speed, gradient=False)
 
 
 # ---- plans
@@ -261,69 +252,50 @@ def plan_packed(
 ) -> PackedPlan:
     """The fastest way to do these steps on a device with that memory; the one that takes least where none fits.
 
-    `steps` are the rows of each step: their tokens decide how many fit. `lora_r` None trains all weights. Whether to
-    checkpoint and, with `quantized`, to unpack the base once is tried, not ruled: the estimates decide.
+    `steps` are the rows of each step: their tokens decide how many fit. Whether layers are computed again and whether a
+    quantised base is unpacked once is no rule: all ways are estimated.
     """
-    rows = [row for step in steps for row in step]
-    largest_row = max(map(row_tokens, rows))
-    largest_step = max(sum(map(row_tokens, step)) for step in steps)
-    share = sum(sum(row[1:]) for row in rows) / sum(map(row_tokens, rows))  # of tokens that are completions'
-    plans = []
-    for dequantise in (False, True) if quantized else (False,):
-        fixed = fixed_bytes(
-            shape, lora_r=lora_r, quantized=quantized, dequantise=dequantise, bytes_per_number=bytes_per_number
-        )
-        for checkpointing in (False, True) if allow_checkpointing else (False,):
-
-            def peak(tokens: int, fixed: int = fixed, checkpointing: bool = checkpointing) -> int:
-                return fixed + peak_bytes(
-                    shape,
-                    tokens,
-                    int(tokens * share),
-                    lora_r=lora_r,
-                    checkpointing=checkpointing,
-                    bytes_per_number=bytes_per_number,
-                    fused=fused,
-                    statistics=statistics,
-                )
-
-            budget = largest_row
-            if peak(largest_step) <= usable(gpu_memory):
-                budget = largest_step
-            elif peak(largest_row) <= usable(gpu_memory):
-                low, high = largest_row, largest_step  # the first fits, the second does not
-                while high - low > 1:
-                    middle = (low + high) // 2
-                    low, high = (middle, high) if peak(middle) <= usable(gpu_memory) else (low, middle)
-                budget = low
-            seconds = [
-                step_seconds(
-                    shape,
-                    step,
-                    budget,
-                    lora_r=lora_r,
-                    checkpointing=checkpointing,
-                    packed_weights=quantized and not dequantise,
-                    speed=speed,
-                    bytes_per_number=bytes_per_number,
-                )
-                for step in steps
-            ]
-            plans.append(
-                PackedPlan(
-                    token_budget=budget,
-                    micro_batches=math.ceil(largest_step / budget),
-                    checkpointing=checkpointing,
-                    dequantise=dequantise,
-                    peak_memory=peak(budget),
-                    seconds_per_step=sum(seconds) / len(seconds),
-                    fits=peak(budget) <= usable(gpu_memory),
-                )
-            )
-    fitting = [plan for plan in plans if plan.fits]
-    if not fitting:
+    how = Arithmetic(
+        shape=shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused, statistics=statistics, quantized=quantized
+    )  # fmt: skip
+    ways = [
+        replace(how, dequantise=dequantise, checkpointing=checkpointing)
+        for dequantise in ((False, True) if quantized else (False,))
+        for checkpointing in ((False, True) if allow_checkpointing else (False,))
+    ]
+    plans = [_plan(way, steps, usable(gpu_memory), speed) for way in ways]
+    if not any(plan.fits for plan in plans):
         return min(plans, key=lambda plan: plan.peak_memory)
-    return min(fitting, key=lambda plan: (plan.seconds_per_step, plan.peak_memory))
+    return min((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds_per_step, plan.peak_memory))
+
+
+def _plan(how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: Speed) -> PackedPlan:
+    mean = load_of([row for step in steps for row in step])
+
+    def peak(tokens: int) -> int:
+        part = tokens / mean.tokens
+        scaled = {name: value * part for name, value in vars(mean).items()}
+        return peak_bytes(how, Load(**scaled))
+
+    least = max(sum(row) for step in steps for row in step)
+    most = max(sum(map(sum, step)) for step in steps)
+    fits = peak(least) <= memory
+    budget = most if peak(most) <= memory else least
+    if fits and budget != most:
+        above = most
+        while above - budget > 1:  # the one fits, the other does not
+            middle = (budget + above) // 2
+            budget, above = (middle, above) if peak(middle) <= memory else (budget, middle)
+    done = [step_seconds(how, step, budget, speed) for step in steps]
+    return PackedPlan(
+        token_budget=budget,
+        micro_batches=max(num for _, num in done),
+        checkpointing=how.checkpointing,
+        dequantise=how.dequantise,
+        peak_memory=peak(budget),
+        seconds_per_step=sum(seconds for seconds, _ in done) / len(done),
+        fits=fits,
+    )
 
 
 def plan_rollout(
@@ -333,27 +305,23 @@ def plan_rollout(
     prompt_tokens: int,
     completion_tokens: int,
     *,
-    speed: Speed,
+    speed: Speed = H200,
     kernels: int = 12,
     kernel_seconds: float = 2e-6,
     bytes_per_number: int = 2,
 ) -> RolloutPlan:
-    """Decoding of a step's completions from a static cache and a graph of `kernels` a layer, over merged weights.
+    """Decoding of all completions of a step from a static cache, in a graph of so many kernels a layer, merged weights.
 
-    A token reads all weights and the cache so far (half of it, in the mean, beyond the prompt), and takes no less than
-    its kernels one after the other.
+    A token reads all weights and the cache, and takes no less than its kernels one after the other.
     """
-    a_token = 2 * shape.layers * shape.keys * bytes_per_number  # of the cache, for keys and values
+    how = Arithmetic(shape=shape, lora_r=0, bytes_per_number=bytes_per_number)
+    a_token = 2 * shape.layers * shape.keys * bytes_per_number  # of the cache, for its keys and values
+    cache = num_completions * (prompt_tokens + completion_tokens) * a_token
     weights = (shape.linear_weights + shape.vocabulary * shape.hidden) * bytes_per_number
-    read = weights + num_completions * (prompt_tokens + completion_tokens / 2) * a_token
-    seconds = max(read / speed.bandwidth, shape.layers * kernels * kernel_seconds)
-    prompts = num_prompts * prompt_tokens
-    prefill = forward_seconds(shape, prompts, prompts * prompt_tokens / 2, lora_r=None, speed=speed)
+    seconds = max((weights + cache) / speed.bandwidth, shape.layers * kernels * kernel_seconds)
+    prefill = forward_seconds(how, load_of([(prompt_tokens,)] * num_prompts), speed)
     prefill = max(prefill, shape.layers * KERNELS_FORWARD * speed.launch)
     refresh = 4 * weights / speed.bandwidth
     return RolloutPlan(
-        cache=num_completions * (prompt_tokens + completion_tokens) * a_token,
-        weights=weights,
-        seconds_per_token=seconds,
-        seconds=completion_tokens * seconds + prefill + refresh,
+        cache=cache, weights=weights, seconds_per_token=seconds, seconds=completion_tokens * seconds + prefill + refresh
     )
