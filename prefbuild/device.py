@@ -1,17 +1,23 @@
-"""What a device does, measured in about a second: matmuls of a model's size, copies, kernel launches.
+"""What a plan is for: a GPU that is here, measured in about a second, or a known one; else the CPU.
 
-`python -m prefbuild.device HIDDEN INTERMEDIATE BYTES` prints JSON: {"name", "total", "free", "matmul", "bandwidth",
-"launch"}, of the first GPU, or of the CPU where torch sees none. In a process of its own, because torch takes seconds
-and memory. Devices that are not here have the numbers of KNOWN.
+`python -m prefbuild.device HIDDEN INTERMEDIATE BYTES` prints {"matmul", "bandwidth", "launch"} of the first GPU, or of the
+CPU where torch sees none, in FLOP/s, bytes/s and seconds; in a process of its own, because torch takes seconds and
+memory. Devices that are not here have the numbers of KNOWN.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
+from prefbuild.doctor import find_gpus, machine_memory
+from prefbuild.errors import StageError, UsageError
 from prefbuild.plan import Speed
+from prefbuild.recipe import Recipe
+from prefbuild.shape import ModelShape
 
 # Dense bf16 TFLOP/s and GB/s of data sheets. Large matmuls reach about 0.75 of the one, kernels that only move numbers
 # about 0.85 of the other.
@@ -28,25 +34,51 @@ KNOWN = {
     "RTX 3090": (71, 936, 24),
 }
 GB = 10**9
+UNITS = {"GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40, "MB": 10**6, "MiB": 2**20}
 LAUNCH = 6e-6  # seconds a kernel's launch from Python takes with its share of autograd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the plan is for. `speed` is None for a CPU; `source` says where it is from."""
+
+    name: str
+    memory: int
+    speed: Speed | None
+    source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.speed is not None
 
 
 def known_speed(name: str) -> Speed | None:
     """The speed of a GPU by a part of its name, as in `NVIDIA H200`; None for one that KNOWN lacks."""
-    for part, (teraflops, gigabytes, _) in KNOWN.items():
-        if part.lower() in name.lower():
-            return Speed(matmul=0.75 * teraflops * 1e12, bandwidth=0.85 * gigabytes * GB, launch=LAUNCH)
-    return None
+    known = known_kind(name)
+    if known is None:
+        return None
+    teraflops, gigabytes, _ = KNOWN[known]
+    return Speed(matmul=0.75 * teraflops * 1e12, bandwidth=0.85 * gigabytes * GB, launch=LAUNCH)
 
 
-def measured(hidden: int, intermediate: int, bytes_per_number: int, env: dict[str, str]) -> dict[str, Any] | None:
-    """What this module prints as a program; None where it fails, as without torch."""
+def known_kind(name: str) -> str | None:
+    """Which of KNOWN a GPU's name says: NVIDIA A10G is an A10, and an L40 no L4."""
+    return next((kind for kind in KNOWN if re.search(rf"(?i)\b{kind}(?![0-9])", name)), None)
+
+
+def measured(hidden: int, intermediate: int, bytes_per_number: int) -> Speed:
+    """The speed of this machine's first GPU. StageError where torch can't use it."""
     argv = [sys.executable, "-m", "prefbuild.device", *map(str, (hidden, intermediate, bytes_per_number))]
-    done = subprocess.run(argv, capture_output=True, text=True, env=env)
-    return json.loads(done.stdout) if done.returncode == 0 else None
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise StageError(
+            f"the GPU can't be measured: {done.stderr.strip().splitlines()[-1]}; name one, as in --gpu H100"
+        )
+    return Speed(**json.loads(done.stdout))
 
 
-def measure(hidden: int, intermediate: int, bytes_per_number: int) -> dict[str, Any]:
+def measure(hidden: int, intermediate: int, bytes_per_number: int) -> dict[str, float]:
     """Measure this process' device; see above."""
     import torch
 
@@ -80,12 +112,44 @@ def measure(hidden: int, intermediate: int, bytes_per_number: int) -> dict[str, 
     matmul = seconds(lambda: x @ weight)
     moved = seconds(lambda: copy.copy_(large))
     launch = seconds(lambda: small.add_(1), 0.05)
-    about: dict[str, Any] = {"name": "CPU", "total": None, "free": None}
-    if cuda:
-        free, total = torch.cuda.mem_get_info()
-        about = {"name": torch.cuda.get_device_name(), "total": total, "free": free}
-    bandwidth = 2 * large.numel() * 4 / moved
-    return {**about, "matmul": flops / matmul, "bandwidth": bandwidth, "launch": launch}
+    return {"matmul": flops / matmul, "bandwidth": 2 * large.numel() * 4 / moved, "launch": launch}
+
+
+def find_device(recipe: Recipe, shape: ModelShape, gpu: str | None, gpu_memory: str | None) -> Device:
+    """The GPU that is named, else this machine's, measured; the CPU for a recipe without GPUs."""
+    memory = parse_size(gpu_memory) if gpu_memory else None
+    here = find_gpus() if recipe.compute.gpus or gpu_memory else []
+    if gpu is None and memory is not None and not here:
+        # The known GPU whose memory is nearest.
+        gpu = min(KNOWN, key=lambda kind: abs(KNOWN[kind][2] * GB - memory))
+    if gpu is not None:
+        speed = known_speed(gpu)
+        if speed is None:
+            raise UsageError(f"{gpu}: its speed is not known; one of {', '.join(KNOWN)}")
+        size = KNOWN[str(known_kind(gpu))][2] * GB
+        source = "by its data sheet"
+        return Device(name=gpu, memory=memory or size, speed=speed, source=source)
+    if recipe.compute.gpus and not here:
+        raise UsageError(
+            f"compute.gpus is {recipe.compute.gpus}, and there is no GPU here to plan for; name one, as in --gpu H100 "
+            f"({', '.join(KNOWN)})"
+        )
+    if not here:
+        return Device(name="this CPU", memory=machine_memory()[0], speed=None, source="")
+    return Device(
+        name=here[0].name,
+        memory=memory or min(gpu.total for gpu in here),
+        speed=measured(shape.hidden, shape.intermediate, 2),
+        source="measured",
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of 80GB, 80GiB. UsageError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(MB|MiB|GB|GiB|TB|TiB)", text)
+    if found is None:
+        raise UsageError(f"--gpu-memory {text}: no size; write it as in 80GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prom
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
 FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
 LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
+SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
 KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_STEP = 45, 100, 400
@@ -226,7 +227,9 @@ def reference_seconds(how: Arithmetic, rows: Sequence[Row], speed: Speed) -> flo
     """Seconds that the log-probabilities of rows under the reference take, in bins that fill the device."""
     load = load_of(rows)
     whole = replace(how, lora_r=0)
-    return forward_seconds(whole, load, speed) + head_seconds(whole, load.scored, speed, gradient=False)
+    seconds = forward_seconds(whole, load, speed) + head_seconds(whole, load.scored, speed, gradient=False)
+    num_bins = -(-load.tokens // SCORED_AT_ONCE)
+    return max(seconds, num_bins * how.shape.layers * KERNELS_FORWARD * speed.launch)
 
 
 # ---- plans
@@ -249,11 +252,12 @@ def plan_packed(
     bytes_per_number: int = 2,
     fused: bool = True,
     speed: Speed = H200,
+    at_most: int | None = None,
 ) -> PackedPlan:
     """The fastest way to do these steps on a device with that memory; the one that takes least where none fits.
 
     `steps` are the rows of each step: their tokens decide how many fit. Whether layers are computed again and whether a
-    quantised base is unpacked once is no rule: all ways are estimated.
+    quantised base is unpacked once is no rule: all ways are estimated. `at_most` bounds a micro-batch's tokens.
     """
     how = Arithmetic(
         shape=shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused, statistics=statistics, quantized=quantized
@@ -263,13 +267,15 @@ def plan_packed(
         for dequantise in ((False, True) if quantized else (False,))
         for checkpointing in ((False, True) if allow_checkpointing else (False,))
     ]
-    plans = [_plan(way, steps, usable(gpu_memory), speed) for way in ways]
+    plans = [_plan(way, steps, usable(gpu_memory), speed, at_most) for way in ways]
     if not any(plan.fits for plan in plans):
         return min(plans, key=lambda plan: plan.peak_memory)
     return min((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds_per_step, plan.peak_memory))
 
 
-def _plan(how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: Speed) -> PackedPlan:
+def _plan(
+    how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: Speed, at_most: int | None
+) -> PackedPlan:
     mean = load_of([row for step in steps for row in step])
 
     def peak(tokens: int) -> int:
@@ -279,6 +285,7 @@ def _plan(how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: S
 
     least = max(sum(row) for step in steps for row in step)
     most = max(sum(map(sum, step)) for step in steps)
+    most = most if at_most is None else max(least, min(most, at_most))
     fits = peak(least) <= memory
     budget = most if peak(most) <= memory else least
     if fits and budget != most:
