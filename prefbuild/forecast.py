@@ -32,7 +32,6 @@ from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import load_project
 from prefbuild.shape import ModelShape, shape_of
 
-CPU_TOKENS = 8192  # a micro-batch's on a CPU, as training/packed.py has it: its results must not depend on memory
 # Starting Python and its libraries, and reading weights: seconds, and bytes a second from memory or a fast disk.
 START, READ = 12.0, 2e9
 
@@ -132,19 +131,17 @@ def is_packed(recipe: Recipe) -> bool:
 
 
 def packed_plan(how: Arithmetic, steps: list[list[Row]], memory: int, speed: Speed | None) -> PackedPlan:
-    """How packed training will do these steps. Without a speed it is a CPU, whose plan does not depend on memory."""
+    """plan_packed, as training calls it."""
     return plan_packed(
         how.shape,
         steps,
         memory,
         lora_r=how.lora_r,
         quantized=how.quantized,
-        allow_checkpointing=speed is not None,
         statistics=how.statistics,
         bytes_per_number=how.bytes_per_number,
         fused=how.fused,
-        speed=speed or H200,
-        at_most=CPU_TOKENS if speed is None else None,
+        speed=speed,
     )
 
 

@@ -20,6 +20,7 @@ Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prom
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
 FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
 LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
+CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
 SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
@@ -251,13 +252,13 @@ def plan_packed(
     statistics: bool = False,
     bytes_per_number: int = 2,
     fused: bool = True,
-    speed: Speed = H200,
-    at_most: int | None = None,
+    speed: Speed | None = H200,
 ) -> PackedPlan:
     """The fastest way to do these steps on a device with that memory; the one that takes least where none fits.
 
     `steps` are the rows of each step: their tokens decide how many fit. Whether layers are computed again and whether a
-    quantised base is unpacked once is no rule: all ways are estimated. `at_most` bounds a micro-batch's tokens.
+    quantised base is unpacked once is no rule: all ways are estimated. `speed` None is a CPU, where nothing is computed
+    again, the base is unpacked, and a micro-batch has CPU_TOKENS at most, whatever its memory; its seconds mean nothing.
     """
     how = Arithmetic(
         shape=shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused, statistics=statistics, quantized=quantized
@@ -267,14 +268,16 @@ def plan_packed(
         for dequantise in ((False, True) if quantized else (False,))
         for checkpointing in ((False, True) if allow_checkpointing else (False,))
     ]
-    plans = [_plan(way, steps, usable(gpu_memory), speed, at_most) for way in ways]
+    if speed is None:
+        return _plan(replace(how, dequantise=quantized), steps, gpu_memory, H200, CPU_TOKENS)
+    plans = [_plan(way, steps, usable(gpu_memory), speed) for way in ways]
     if not any(plan.fits for plan in plans):
         return min(plans, key=lambda plan: plan.peak_memory)
     return min((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds_per_step, plan.peak_memory))
 
 
 def _plan(
-    how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: Speed, at_most: int | None
+    how: Arithmetic, steps: Sequence[Sequence[Row]], memory: int, speed: Speed, at_most: int | None = None
 ) -> PackedPlan:
     mean = load_of([row for step in steps for row in step])
 
@@ -286,9 +289,8 @@ def _plan(
     least = max(sum(row) for step in steps for row in step)
     most = max(sum(map(sum, step)) for step in steps)
     most = most if at_most is None else max(least, min(most, at_most))
-    fits = peak(least) <= memory
-    budget = most if peak(most) <= memory else least
-    if fits and budget != most:
+    budget = most if at_most is not None or peak(most) <= memory else least
+    if budget != most and peak(least) <= memory:
         above = most
         while above - budget > 1:  # the one fits, the other does not
             middle = (budget + above) // 2
@@ -301,7 +303,7 @@ def _plan(
         dequantise=how.dequantise,
         peak_memory=peak(budget),
         seconds_per_step=sum(seconds for seconds, _ in done) / len(done),
-        fits=fits,
+        fits=peak(budget) <= memory,
     )
 
 
