@@ -39,6 +39,7 @@ from prefbuild.training.common import (
 from prefbuild.training.fused import dequantise, fuse
 from prefbuild.training.losses import NEEDS_WHOLE_BATCH, answer_sums, dpo_loss
 from prefbuild.training.packing import Group, into_bins, pack, packed_size
+from prefbuild.training.planned import plan_run
 from prefbuild.training.reference import check_tokenizer, read_log_probs, reference_checks
 from prefbuild.training.scoring import Scores, score
 
@@ -155,8 +156,8 @@ def autocast(model: Any, bf16: bool) -> Any:
 # ---- the model
 
 
-def load_model(settings: DPO, folder: Path, bf16: bool) -> Any:
-    """A checkpoint on this process' device, with packed attention; NF4 weights are dequantised once.
+def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = True) -> Any:
+    """A checkpoint on this process' device, with packed attention; NF4 weights are dequantised once, or at each use.
 
     StageError when the model has parts that packing would change.
     """
@@ -167,7 +168,7 @@ def load_model(settings: DPO, folder: Path, bf16: bool) -> Any:
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise StageError(f"{folder}: its loss has a term of the experts' router, which packing has not; {OTHER_ENGINE}")
-    if settings.quantization is not None:
+    if settings.quantization is not None and dequantised:
         dequantise(model)
     if settings.disable_dropout:
         for module in model.modules():
@@ -209,18 +210,6 @@ def _alone(model: Any, prompt: list[int], answer: list[int]) -> Any:
     ids = torch.tensor([prompt + answer], device=next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(1).gather(1, torch.tensor(answer, device=ids.device)[:, None])[:, 0]
-
-
-def token_budget(model: Any) -> int:
-    """Tokens that go through a model at once with a gradient."""
-    if not next(model.parameters()).is_cuda:
-        return 8192
-    text = model.config.get_text_config()
-    hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    a_token = 2 * layers * (5 * hidden + 3 * wide + 3 * hidden // 4) * 1.2
-    weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    total = torch.cuda.get_device_properties(0).total_memory
-    return int((0.9 * total - weights - 4e9) / a_token)
 
 
 # ---- train
@@ -455,7 +444,12 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
 
     # ---- model
     checkpoint = newest_checkpoint(run.work, settings.use_peft)
-    model = load_model(settings, run.model, bf16)
+    sizes = [tuple(len(row[f"{part}_ids"]) for part in PARTS["pairs"]) for row in train_rows]
+    steps = steps_of_a_run(settings, run.seed, len(train_rows))
+    plan = plan_run(settings, run.model, [[sizes[index] for index in step] for step in steps], bf16)
+    model = load_model(settings, run.model, bf16, dequantised=plan.dequantise)
+    if plan.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.use_peft:
         model = get_peft_model(model, lora_config(settings))
     fuse(model)
@@ -472,7 +466,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
         settings=settings,
         rows=train_rows,
         log_probs=dict(zip(used, reference, strict=False)),
-        budget=token_budget(model),
+        budget=plan.token_budget,
         model=model,
         args=arguments,
         processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
