@@ -10,6 +10,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from prefbuild.training.common import (
 )
 from prefbuild.training.fused import dequantise, fuse
 from prefbuild.training.losses import NEEDS_WHOLE_BATCH, answer_sums, dpo_loss
-from prefbuild.training.packing import Group, into_bins, pack, packed_size
+from prefbuild.training.packing import Group, Packed, into_bins, pack, packed_size
 from prefbuild.training.planned import plan_run
 from prefbuild.training.reference import check_tokenizer, read_log_probs, reference_checks
 from prefbuild.training.scoring import Scores, score
@@ -85,11 +86,15 @@ def group_of(row: Row) -> Group:
     return row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]
 
 
-def score_rows(model: Any, rows: list[Row], *, statistics: bool = False) -> tuple[Scores, list[int]]:
+def pack_rows(rows: list[Row], device: Any) -> Packed:
+    """Pairs in one row on a device: answers are completions, chosen and rejected by turns."""
+    return pack([group_of(row) for row in rows], device, MULTIPLE if device.type == "cuda" else 1)
+
+
+def score_rows(model: Any, rows: list[Row]) -> tuple[Scores, list[int]]:
     """Score pairs in one packed row; also how many tokens each answer has, chosen and rejected by turns."""
-    device = next(model.parameters()).device
-    packed = pack([group_of(row) for row in rows], device, MULTIPLE if device.type == "cuda" else 1)
-    return score(model, packed, statistics=statistics), packed.lengths
+    packed = pack_rows(rows, next(model.parameters()).device)
+    return score(model, packed), packed.lengths
 
 
 def token_log_probs(model: Any, rows: list[Row], budget: int, done: Callable[[int], None]) -> list[LogProbs]:
@@ -216,11 +221,15 @@ def _alone(model: Any, prompt: list[int], answer: list[int]) -> Any:
 
 
 class Steps:
-    """A batch sampler whose batches are the rows of optimizer steps, as steps_of_a_run has them."""
+    """A batch sampler whose batches are the rows of an epoch's optimizer steps, as steps_of_a_run has them."""
 
     def __init__(self, settings: DPO, seed: int, num_rows: int):
         self.rows_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.seed, self.num_rows, self.epoch = seed, num_rows, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Whose order the next iteration has. Trainer says so."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / self.rows_a_step)
@@ -230,39 +239,40 @@ class Steps:
         yield from (order[start : start + self.rows_a_step] for start in range(0, self.num_rows, self.rows_a_step))
 
 
-class PackedTrainer(Trainer):
-    """Trainer on packed pairs. Its batches are the rows of a step by number."""
+class StepLoader(DataLoader):  # type: ignore[type-arg]
+    """A DataLoader that Trainer can tell the epoch."""
 
-    _total_train_tokens = 0  # named as in TRL's trainers
+    def set_epoch(self, epoch: int) -> None:
+        """See Steps."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
-    def __init__(self, *, settings: DPO, rows: list[Row], log_probs: dict[int, LogProbs], budget: int, **named: Any):
-        super().__init__(train_dataset=rows, **named)  # type: ignore[arg-type]
-        self.settings, self.rows, self.log_probs, self.budget = settings, rows, log_probs, budget
-        self.logged: list[Any] = []  # VALUES of the steps since the last logged point, on the device
 
-    def get_train_dataloader(self) -> Any:
-        """Every process draws all rows of a step; see `share`."""
-        steps = Steps(self.settings, int(self.args.seed), len(self.rows))
-        return StepLoader(range(len(self.rows)), batch_sampler=steps, collate_fn=list)  # type: ignore[arg-type,var-annotated]
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Pairs that go through the model together, on its device."""
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted."""
-        return 0
+    packed: Packed
+    reference: Any  # [S] log-probabilities of the reference
+    counts: Any  # [2n] tokens of answers, chosen and rejected by turns
+    weights: Any  # [n] of pairs in the step's loss
+    sizes: list[int]  # of pairs whose loss is computed together; they sum to n
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """The gradient of one optimizer step; returns its loss, which stays on the device."""
-        model.train()
-        units = self.units(inputs)
-        mine = share(units, [self.size(unit) for unit in units], ranks.num_ranks(), ranks.number())
-        total = self.sum_up(mine, backward=True)
-        ranks.sum_gradients(self.model)
-        ranks.add_up(total)
-        self.logged.append(total)
-        self._total_train_tokens += sum(
-            2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-            for row in (self.rows[index] for index in inputs)
-        )
-        return total[0].clone()
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Rows, and what the reference says to those of them that are used."""
+
+    settings: DPO
+    rows: list[Row]
+    log_probs: dict[int, LogProbs]  # by row
+    budget: int  # tokens that go through the model at once
+
+    def bins(self, step: list[int], device: Any, num_ranks: int = 1, rank: int = 0) -> list[Bin]:
+        """One rank's part of the rows of a step, on its device."""
+        units = self.units(step)
+        units = share(units, [self.size(unit) for unit in units], num_ranks, rank)
+        members = into_bins([self.size(unit) for unit in units], self.budget)
+        return [self.bin([units[index] for index in some], device) for some in members]
 
     def units(self, step: list[int]) -> list[list[tuple[int, float]]]:
         """What of a step must go through the model together: (row, weight) of single pairs, or whole micro-batches.
@@ -273,92 +283,143 @@ class PackedTrainer(Trainer):
         size = self.settings.per_device_train_batch_size
         batches = [step[start : start + size] for start in range(0, len(step), size)]
         weighted = [[(row, 1 / (len(batch) * len(batches))) for row in batch] for batch in batches]
-        if NEEDS_WHOLE_BATCH & set(self.settings.loss_type):
+        if self.need_whole_batches:
             return weighted
         return [[pair] for batch in weighted for pair in batch]
+
+    @property
+    def need_whole_batches(self) -> bool:
+        """Whether a pair's loss depends on the others of its micro-batch."""
+        return bool(NEEDS_WHOLE_BATCH & set(self.settings.loss_type))
 
     def size(self, unit: list[tuple[int, float]]) -> int:
         """Tokens of a unit."""
         return sum(packed_size(group_of(self.rows[row])) for row, _ in unit)
 
-    def sum_up(self, units: list[list[tuple[int, float]]], *, backward: bool) -> Any:
-        """Values (VALUES, weighed and added up) of units; with `backward` the gradient of their loss is added too."""
+    def bin(self, units: list[list[tuple[int, float]]], device: Any) -> Bin:
+        """Units that are packed together."""
+        used = [row for unit in units for row, _ in unit]
+        packed = pack_rows([self.rows[row] for row in used], device)
+        reference = [value for row in used for answer in self.log_probs[row] for value in answer]
+        return Bin(
+            packed=packed,
+            reference=on_device(reference, device),
+            counts=on_device(packed.lengths, device, torch.int64),
+            weights=on_device([weight for unit in units for _, weight in unit], device),
+            sizes=[len(unit) for unit in units] if self.need_whole_batches else [len(used)],
+        )
+
+    def num_tokens(self, step: list[int]) -> int:
+        """Tokens of a step's prompts and answers, as TRL counts them: a prompt with each of its answers."""
+        rows = (self.rows[row] for row in step)
+        return sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+
+
+def on_device(values: list[Any], device: Any, dtype: Any = torch.float32) -> Any:
+    """A list as a tensor on a device, without waiting for it."""
+    found = torch.tensor(values, dtype=dtype)
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+
+
+class PackedTrainer(Trainer):
+    """Trainer on packed pairs. Its batches are the rows of a step by number, and their bins."""
+
+    _total_train_tokens = 0  # named as in TRL's trainers
+
+    def __init__(self, *, pairs: Pairs, **named: Any):
+        super().__init__(train_dataset=pairs.rows, **named)  # type: ignore[arg-type]
+        self.pairs = pairs
+        self.logged: list[Any] = []  # VALUES of the steps since the last logged point, on the device
+        self.iterator: Any = None
+        self.ahead: tuple[list[int], list[Bin]] | None = None  # the next step
+
+    def get_train_dataloader(self) -> Any:
+        """Every process draws all rows of a step; see `share`."""
+        steps = Steps(self.pairs.settings, int(self.args.seed), len(self.pairs.rows))
+        rows = range(len(self.pairs.rows))
+        return StepLoader(rows, batch_sampler=steps, collate_fn=list)  # type: ignore[arg-type,var-annotated]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The next step, which is packed while a GPU still computes the one before."""
+        if epoch_iterator is not self.iterator:
+            self.iterator, self.ahead = epoch_iterator, None
+        step = self.ahead or self.next_step()
+        self.ahead = None
+        return [step] if step else [], None
+
+    def next_step(self) -> tuple[list[int], list[Bin]] | None:
+        """The rows of the epoch's next step and their bins; None at its end."""
+        rows = next(self.iterator, None)
+        if rows is None:
+            return None
+        return rows, self.pairs.bins(rows, self.args.device, ranks.num_ranks(), ranks.number())
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The gradient of one optimizer step; returns its loss, which stays on the device."""
+        rows, bins = inputs
+        model.train()
+        total = self.sum_up(bins, backward=True)
+        self.ahead = self.next_step()
+        ranks.sum_gradients(self.model)
+        ranks.add_up(total)
+        self.logged.append(total)
+        self._total_train_tokens += self.pairs.num_tokens(rows)
+        return total[0].clone()
+
+    def sum_up(self, bins: list[Bin], *, backward: bool) -> Any:
+        """[VALUES] of bins, weighed and added up; with `backward` the gradient of their loss is added too."""
         total = torch.zeros(len(VALUES), device=self.args.device)
-        for members in into_bins([self.size(unit) for unit in units], self.budget):
+        for one in bins:
             with torch.set_grad_enabled(backward), self.compute_loss_context_manager():
-                loss, values = self.bin_values([units[index] for index in members])
+                loss, values = self.values(one)
             if backward:
                 self.accelerator.backward(loss)
             total += values
         return total
 
-    def bin_values(self, units: list[list[tuple[int, float]]]) -> tuple[Any, Any]:
-        """(loss with its gradient, VALUES) of units that are packed together."""
-        pairs = [row for unit in units for row, _ in unit]
-        weights = self.tensor([weight for unit in units for _, weight in unit])
-        scores, lengths = score_rows(self.model, [self.rows[row] for row in pairs], statistics=True)
-        counts = self.tensor(lengths, torch.int64)
-        flat = [value for row in pairs for answer in self.log_probs[row] for value in answer]
-        alpha = self.settings.ld_alpha
-        chosen, rejected, unweighted = answer_sums(scores.log_probs, counts, alpha)
-        ref_chosen, ref_rejected, _ = answer_sums(self.tensor(flat), counts, alpha)
+    def values(self, one: Bin) -> tuple[Any, Any]:
+        """(loss with its gradient, [VALUES]) of a bin."""
+        settings, counts = self.pairs.settings, one.counts
+        scores = score(self.model, one.packed, statistics=True)
+        chosen, rejected, unweighted = answer_sums(scores.log_probs, counts, settings.ld_alpha)
+        ref_chosen, ref_rejected, _ = answer_sums(one.reference, counts, settings.ld_alpha)
         columns = chosen, rejected, ref_chosen, ref_rejected, counts[0::2], counts[1::2], unweighted
-        parts, start = [], 0
-        whole = NEEDS_WHOLE_BATCH & set(self.settings.loss_type)
-        for size in [len(unit) for unit in units] if whole else [len(pairs)]:
-            parts.append(dpo_loss(self.settings, *(column[start : start + size] for column in columns)))
-            start += size
-        loss = (torch.cat(parts) * weights).sum()
+        parts = zip(*(column.split(one.sizes) for column in columns), strict=True)
+        loss = (torch.cat([dpo_loss(settings, *part) for part in parts]) * one.weights).sum()
         with torch.no_grad():
-            rewards = self.settings.beta * (chosen - ref_chosen), self.settings.beta * (rejected - ref_rejected)
+            rewards = settings.beta * (chosen - ref_chosen), settings.beta * (rejected - ref_rejected)
             of_pairs = [*rewards, rewards[0] - rewards[1], (rewards[0] > rewards[1]).float(), chosen, rejected]
-            is_chosen = torch.arange(len(lengths), device=counts.device).remainder(2) == 0
-            first = is_chosen.repeat_interleave(counts, output_size=sum(lengths))
+            answers = torch.arange(len(counts), device=counts.device)
+            of_chosen = (answers % 2 == 0).repeat_interleave(counts, output_size=sum(one.packed.lengths))
             of_tokens = [
                 scores.entropies.sum(),
-                (scores.mean_logits * first).sum(),
-                (scores.mean_logits * ~first).sum(),
-                (scores.top1 & first).sum(),
+                (scores.mean_logits * of_chosen).sum(),
+                (scores.mean_logits * ~of_chosen).sum(),
+                (scores.top1 & of_chosen).sum(),
                 counts[0::2].sum(),
                 counts[1::2].sum(),
             ]
-            values = torch.stack([loss.detach(), *((value * weights).sum() for value in of_pairs), *of_tokens])
-        return loss, values
-
-    def tensor(self, values: list[Any], dtype: Any = torch.float32) -> Any:
-        """A list on the device, without waiting for it."""
-        found = torch.tensor(values, dtype=dtype)
-        device = self.args.device
-        return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+            values = [loss.detach(), *((value * one.weights).sum() for value in of_pairs), *of_tokens]
+        return loss, torch.stack(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the metrics of TRL's DPOTrainer, by its names: means over the steps since the last point."""
         if self.logged and "loss" in logs:
-            points = [named_values(values.tolist()) for values in self.logged]
+            points = [named_values(values) for values in torch.stack(self.logged).tolist()]
             logs |= {key: sum(point[key] for point in points) / len(points) for key in points[0] if key != "loss"}
             logs["num_tokens"] = float(self._total_train_tokens)
             self.logged.clear()
         super().log(logs, start_time)
 
-    def measure(self, rows: list[Row], log_probs: dict[int, LogProbs]) -> dict[str, float]:
-        """The metrics of held-out rows: means over pairs, tokens' over tokens."""
-        kept = self.rows, self.log_probs
-        self.rows, self.log_probs = rows, log_probs
+    def measure(self, pairs: Pairs) -> dict[str, float]:
+        """The metrics of held-out rows: means over pairs, and of tokens over tokens."""
         self.model.eval()
-        size = self.settings.per_device_train_batch_size
-        batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-        units = [[(row, 1 / len(rows)) for row in batch] for batch in batches]
-        try:
-            return named_values(self.sum_up(units, backward=False).tolist())
-        finally:
-            self.rows, self.log_probs = kept
-
-
-class StepLoader(DataLoader):  # type: ignore[type-arg]
-    """A DataLoader that Trainer can tell the epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.epoch = epoch  # type: ignore[union-attr]
+        bins = pairs.bins(list(range(len(pairs.rows))), self.args.device)
+        return named_values(self.sum_up(bins, backward=False).tolist())
 
 
 # What is summed over a step: the first seven are weighed means over pairs, the others sums over tokens.
@@ -462,11 +523,9 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
                 )
 
     # ---- train
+    pairs = partial(Pairs, settings=settings, budget=plan.token_budget)
     trainer = PackedTrainer(
-        settings=settings,
-        rows=train_rows,
-        log_probs=dict(zip(used, reference, strict=False)),
-        budget=plan.token_budget,
+        pairs=pairs(rows=train_rows, log_probs=dict(zip(used, reference, strict=False))),
         model=model,
         args=arguments,
         processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
@@ -476,7 +535,8 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
 
     # ---- measure and save
     first, last = history[0], history[-1]
-    held_out = trainer.measure(held_out_rows, dict(enumerate(reference[len(used) :]))) if held_out_rows else {}
+    of_held_out = dict(enumerate(reference[len(used) :]))
+    held_out = trainer.measure(pairs(rows=held_out_rows, log_probs=of_held_out)) if held_out_rows else {}
     save_trained(settings, trainer.model, run)
     return {
         **shared_metrics(trainer, result, history, bf16),

@@ -62,7 +62,7 @@ def test_a_plan_changes_rounding_alone(
     import transformers.modeling_utils
 
     plain, adapter = trained(tmp_path / "plain", tiny_model, prepared)
-    calls = []
+    calls: list[int] = []
     if change.get("checkpointing"):
         again = transformers.modeling_utils.checkpoint
         monkeypatch.setattr(
