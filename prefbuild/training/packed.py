@@ -363,7 +363,8 @@ class PackedTrainer(Trainer):
         rows, bins = inputs
         model.train()
         total = self.sum_up(bins, backward=True)
-        self.ahead = self.next_step()
+        if self.state.global_step + 1 < self.state.max_steps:  # of later rows the reference is not known
+            self.ahead = self.next_step()
         ranks.sum_gradients(self.model)
         ranks.add_up(total)
         self.logged.append(total)
