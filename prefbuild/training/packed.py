@@ -9,8 +9,7 @@ On several GPUs each takes its share of a step's tokens, not of its pairs.
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,51 +36,19 @@ from prefbuild.training.common import (
     trainer_arguments,
 )
 from prefbuild.training.fused import dequantise, fuse
+from prefbuild.training.log_probs import read_log_probs
 from prefbuild.training.losses import NEEDS_WHOLE_BATCH, answer_sums, dpo_loss
-from prefbuild.training.packing import Group, into_bins, pack, packed_size
-from prefbuild.training.reference import check_tokenizer, read_log_probs, reference_checks
+from prefbuild.training.packing import into_bins, pack, packed_size
+from prefbuild.training.prepared import LogProbs, Row, epoch_order, group_of, in_parts, rows_of_a_run
+from prefbuild.training.reference import check_tokenizer, reference_checks
 from prefbuild.training.scoring import Scores, score
-
-Row = dict[str, list[int]]
-LogProbs = tuple[list[float], list[float]]  # of a row's chosen and rejected tokens, nats
 
 MULTIPLE = 128  # a row of tokens is filled up to this on a GPU, whose kernels are fastest on whole tiles
 # Nats by which a packed answer may be likelier or less likely than the same answer alone, a token, on average.
 DISAGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
-# ---- what a run takes
-
-
-def steps_of_a_run(settings: DPO, seed: int, num_rows: int) -> Iterator[list[int]]:
-    """The rows of every optimizer step, in Trainer's order: shuffled anew each epoch, by seed and epoch."""
-    rows_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    steps_an_epoch = math.ceil(num_rows / rows_a_step)
-    num_steps = settings.max_steps or math.ceil((settings.num_train_epochs or 1.0) * steps_an_epoch)
-    for step in range(num_steps):
-        epoch, start = step // steps_an_epoch, step % steps_an_epoch * rows_a_step
-        if start == 0:
-            order = epoch_order(seed, epoch, num_rows)
-        yield order[start : start + rows_a_step]
-
-
-def epoch_order(seed: int, epoch: int, num_rows: int) -> list[int]:
-    """The order in which accelerate's SeedableRandomSampler, Trainer's, draws rows in an epoch."""
-    order: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order
-
-
-def rows_of_a_run(settings: DPO, seed: int, num_rows: int) -> list[int]:
-    """The prepared rows that a run uses, each once, in the order of their first use."""
-    return list(dict.fromkeys(row for step in steps_of_a_run(settings, seed, num_rows) for row in step))
-
-
 # ---- scores
-
-
-def group_of(row: Row) -> Group:
-    """A pair as a prompt and two completions."""
-    return row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]
 
 
 def score_rows(model: Any, rows: list[Row], *, statistics: bool = False) -> tuple[Scores, list[int]]:
@@ -91,60 +58,34 @@ def score_rows(model: Any, rows: list[Row], *, statistics: bool = False) -> tupl
     return score(model, packed, statistics=statistics), packed.lengths
 
 
-def token_log_probs(model: Any, rows: list[Row], budget: int, done: Callable[[int], None]) -> list[LogProbs]:
-    """Log-probabilities of every answer token of every row, in order. `done` is told how many rows are new.
-
-    Rows go through the model in order, as many at once as `budget` tokens take.
-    """
-    found: list[LogProbs] = []
+def token_log_probs(model: Any, parts: Iterable[list[Row]]) -> Iterator[list[LogProbs]]:
+    """Log-probabilities of every answer token of every row, part by part. A part goes through the model at once."""
     waiting: deque[tuple[Any, list[int]]] = deque()
 
-    def collect() -> None:
+    def collect() -> list[LogProbs]:
         values, lengths = waiting.popleft()
-        parts = [part.tolist() for part in values.cpu().split(lengths)]
-        found.extend(zip(parts[0::2], parts[1::2], strict=True))
-        done(len(lengths) // 2)
+        answers = [answer.tolist() for answer in values.cpu().split(lengths)]
+        return list(zip(answers[0::2], answers[1::2], strict=True))
 
-    for some in in_order([packed_size(group_of(row)) for row in rows], budget):
+    for rows in parts:
         with torch.no_grad():
-            scores, lengths = score_rows(model, [rows[index] for index in some])
+            scores, lengths = score_rows(model, rows)
         waiting.append((scores.log_probs, lengths))
         if len(waiting) > 1:  # a GPU is given the next rows before the last ones' results are asked for
-            collect()
+            yield collect()
     while waiting:
-        collect()
-    return found
+        yield collect()
 
 
-def in_order(sizes: list[int], budget: int) -> list[list[int]]:
-    """Indices 0, 1, 2, ... cut wherever `budget` would be exceeded."""
-    parts: list[list[int]] = []
-    filled = 0
-    for index, size in enumerate(sizes):
-        if not parts or filled + size > budget:
-            parts.append([])
-            filled = 0
-        parts[-1].append(index)
-        filled += size
-    return parts
-
-
-def reference_log_probs(
-    settings: DPO, model: Path, rows: list[Row], bf16: bool, done: Callable[[int], None] = lambda _: None
-) -> list[LogProbs]:
-    """What a reference (a checkpoint's folder) says to rows, in order: in the arithmetic it would be trained in."""
-    if not rows:
-        return []
+def reference_log_probs(settings: DPO, model: Path, parts: list[list[Row]], bf16: bool) -> Iterator[list[LogProbs]]:
+    """What a reference (a checkpoint's folder) says to rows, part by part: in the arithmetic it would be trained in."""
+    if not parts:
+        return
     reference = load_model(settings, model, bf16)
     fuse(reference)
-    with torch.no_grad(), autocast(reference, bf16):
-        check_packed(reference.eval(), rows)
-        return token_log_probs(reference, rows, scoring_budget(reference), done)
-
-
-def scoring_budget(model: Any) -> int:
-    """Tokens that go through a model at once without a gradient: enough to keep a GPU busy."""
-    return 16384 if next(model.parameters()).is_cuda else 2048
+    with autocast(reference, bf16):
+        check_packed(reference.eval(), parts[0])
+        yield from token_log_probs(reference, parts)
 
 
 def autocast(model: Any, bf16: bool) -> Any:
@@ -409,16 +350,19 @@ def log_probs_of_another(settings: DPO, run: Run, rows: list[Row], bf16: bool) -
         return read_log_probs(run.log_probs, rows)
     if run.reference is None and settings.use_peft:
         return None
-    return with_progress(run.name, rows, partial(reference_log_probs, settings, run.reference or run.model, rows, bf16))
+    parts = in_parts(rows, "cuda" if torch.cuda.is_available() else "cpu")
+    return with_progress(run.name, rows, reference_log_probs(settings, run.reference or run.model, parts, bf16))
 
 
-def with_progress(
-    name: str, rows: list[Row], find: Callable[[Callable[[int], None]], list[LogProbs]]
-) -> list[LogProbs]:
-    """Call `find` with what moves a progress bar of rows."""
+def with_progress(name: str, rows: list[Row], found: Iterable[list[LogProbs]]) -> list[LogProbs]:
+    """All that is found of rows, part by part, with a bar of rows."""
+    log_probs = []
     interval = 0.1 if sys.stderr.isatty() else 15
     with tqdm(total=len(rows), desc=f"reference {name}", unit="row", dynamic_ncols=True, mininterval=interval) as bar:
-        return find(bar.update)
+        for part in found:
+            log_probs += part
+            bar.update(len(part))
+    return log_probs
 
 
 def train(settings: DPO, run: Run) -> dict[str, Any]:
@@ -463,9 +407,8 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
         check_packed(model.eval(), scored[:rows_a_step])
         if reference is None:  # the base itself, which is at hand
             with model.disable_adapter():
-                reference = with_progress(
-                    run.name, scored, partial(token_log_probs, model, scored, scoring_budget(model))
-                )
+                parts = in_parts(scored, model.device.type)
+                reference = with_progress(run.name, scored, token_log_probs(model, parts))
 
     # ---- train
     trainer = PackedTrainer(
