@@ -68,7 +68,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_every_answers_tokens_have_the_log_probabilities_that_the_model_gives_it_alone(built: Path, stage: Stage) -> None:
+def test_every_answers_tokens_have_the_log_probabilities_that_the_model_gives_it_alone(
+    built: Path, stage: Stage
+) -> None:
     out = stage("x")
     rows = [*read_prepared(built / "prepared"), *read_prepared(built / "prepared", "held_out")]
     found = read_log_probs(out, rows)
@@ -137,7 +139,9 @@ def test_what_a_killed_run_computed_is_kept_and_the_end_is_the_same(
     assert sum(computed) == 12 - done
 
 
-def test_a_broken_cache_is_said_and_made_anew(stage: Stage, computed: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_cache_is_said_and_made_anew(
+    stage: Stage, computed: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = (stage("x") / "log_probs.safetensors").read_bytes()
     (kept,) = reference.CACHE.iterdir()
     kept.write_bytes(b"no database, but as long as one" * 1000)
