@@ -9,7 +9,7 @@ from trained import read_prepared, run_in, write_prepared
 
 from prefbuild.methods import DPO
 from prefbuild.plan import CPU_TOKENS, PackedPlan
-from prefbuild.training import packed
+from prefbuild.training import packed, packed_model
 from prefbuild.training.planned import plan_run
 
 SETTINGS = {
@@ -90,11 +90,11 @@ def test_a_base_that_stays_in_four_bits_gives_the_same_gradients(tiny_model: Pat
     rows: list[Any] = read_prepared(prepared)[:2]
     found = []
     for dequantised in (True, False):
-        model = packed.load_model(settings, tiny_model, False, dequantised=dequantised).train()
+        model = packed_model.load_model(settings, tiny_model, False, dequantised=dequantised).train()
         torch.manual_seed(0)
         model = get_peft_model(model, lora_config(settings))
         assert bool(fuse(model)) == dequantised
-        scores, _ = packed.score_rows(model, rows)
+        scores, _ = packed_model.score_rows(model, rows)
         scores.log_probs.sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((scores.log_probs.detach(), gradients))
