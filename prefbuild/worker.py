@@ -29,6 +29,9 @@ from prefbuild.track import asked_for, trackio_folder
 
 LOOPBACK = ("127.", "::1", "localhost")
 GIB = 2**30
+# What a stage's libraries would import wherever it is installed, and use for nothing that the stage asks of them:
+# transformers has torch for models, and a tokenizer needs none.
+UNUSED = {"prepare": ("torch",), "reference": ("datasets",), "merge": ("datasets",)}
 # What safetensors' Rust and torch's zip writer say when the disk is full; Python itself says ENOSPC.
 DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing|unexpected pos \d+")
 # Containers count kills for memory here (cgroup 2, cgroup 1).
@@ -82,7 +85,7 @@ def run_stage(stage: str, name: str) -> None:
     outputs = {role: out / path for role, path in section["outputs"].items()}
     started = time.monotonic()
     if num_ranks == 1 or is_rank():
-        before_imports(section["settings"].get("train"))
+        before_imports(stage, section["settings"].get("train"))
         run = importlib.import_module(STAGES[stage]).run
         run(section["settings"], inputs, outputs, work, name)
     else:
@@ -106,9 +109,12 @@ def run_stage(stage: str, name: str) -> None:
     print(f"prefbuild: {stage} {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
-def before_imports(train: dict[str, Any] | None) -> None:
+def before_imports(stage: str, train: dict[str, Any] | None) -> None:
     """What must be said before libraries are imported: which others they shall not import, and where trackio writes."""
     report_to = asked_for()
+    leave_out(*UNUSED.get(stage, ()))
+    if stage == "train" and train is not None and train.get("engine") == "packed":
+        leave_out("datasets")
     leave_out(*{"wandb", "mlflow", "trackio"}.difference(report_to))
     if not needs_bitsandbytes(train):
         leave_out("bitsandbytes")
