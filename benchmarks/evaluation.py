@@ -3,7 +3,8 @@
     python benchmarks/evaluation.py MODEL
 
 MODEL is a checkpoint folder. The requests are the demonstration's common_sense, asked as multiple choice is: the endings
-of a sentence, or a letter for each, after 0 or 10 solved examples. Tokenising is timed too. What is printed last is JSON.
+of a sentence, or a letter for each, after 0 or 10 solved examples, drawn
+for each sentence or the same for all. Tokenising is timed too. What is printed last is JSON.
 """
 
 import argparse
@@ -38,13 +39,16 @@ def main() -> None:
     stock = HFLM(pretrained=ours.model, tokenizer=ours.tokenizer, backend="causal", batch_size=asked.batch_size)
     results = []
     print("requests              tokens  lm-eval (s)  shared (s)  ratio  largest difference (nats)  other choices")
-    for shots in (0, 10):
+    for shots, same in ((0, False), (10, False), (10, True)):
         for kind in ("endings", "letters"):
-            documents = requests_of(shots, kind, asked.documents)
+            documents = requests_of(shots, same, kind, asked.documents)
             requests = [request for document in documents for request in document]
             result = compare(stock, ours, requests, asked.n)
             answers = result.pop("answers")
-            result |= {"requests": f"{kind}, {shots} shots", "other_choices": others(answers, documents)}
+            result |= {
+                "requests": f"{kind}, {shots} {'same ' * same}shots",
+                "other_choices": others(answers, documents),
+            }
             results.append(result)
             print(
                 f"{result['requests']:18} {result['tokens']:9,} {result['lm_eval_s']:12.2f} {result['shared_s']:11.2f} "
@@ -54,13 +58,15 @@ def main() -> None:
     print(json.dumps({"device": where, "dtype": asked.dtype or dtype, "results": results}))
 
 
-def requests_of(shots: int, kind: str, num_documents: int) -> list[list[Any]]:
-    """For each document, a request for each of its choices, as lm-eval makes them."""
+def requests_of(shots: int, same: bool, kind: str, num_documents: int) -> list[list[Any]]:
+    """For each document, a request for each of its choices, as lm-eval makes them; all after the same examples or not."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     drawing = random.Random(0)
+    solved = drawing.sample(rows[num_documents:], shots)
     documents = []
     for row in rows[:num_documents]:
-        solved = [one for one in drawing.sample(rows, shots + 1) if one is not row][:shots]
+        if not same:
+            solved = [one for one in drawing.sample(rows[num_documents:], shots)]
         context = "\n\n".join([*(f"{one['text']} {one['choices'][one['answer']]}" for one in solved), row["text"]])
         choices = row["choices"]
         if kind == "letters":
