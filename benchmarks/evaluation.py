@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py MODEL
 
 MODEL is a checkpoint folder. The requests are the demonstration's common_sense, asked as multiple choice is: the endings
-of a sentence, or a letter for each, after 0 or 10 solved examples, drawn
-for each sentence or the same for all. Tokenising is timed too. What is printed last is JSON.
+of a sentence, or a letter for each, after no solved examples or 10, drawn for each sentence or the same for all. Tokenising
+is timed too. What is printed last is JSON.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def requests_of(shots: int, same: bool, kind: str, num_documents: int) -> list[l
     documents = []
     for row in rows[:num_documents]:
         if not same:
-            solved = [one for one in drawing.sample(rows[num_documents:], shots)]
+            solved = drawing.sample(rows[num_documents:], shots)
         context = "\n\n".join([*(f"{one['text']} {one['choices'][one['answer']]}" for one in solved), row["text"]])
         choices = row["choices"]
         if kind == "letters":
