@@ -45,9 +45,9 @@ def attend(
     """Attention of every segment's queries to its keys; [1, T, heads, head], as AttentionInterface has it."""
     _refuse(module, segments, dropout, others)
     assert segments is not None
-    keys = Gather.apply(key[0].transpose(0, 1), segments)
-    values = Gather.apply(value[0].transpose(0, 1), segments)
-    queries = query[0].transpose(0, 1)
+    keys = Gather.apply(key.squeeze(0).transpose(0, 1), segments)
+    values = Gather.apply(value.squeeze(0).transpose(0, 1), segments)
+    queries = query.squeeze(0).transpose(0, 1)
     if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16):
         out = _varlen(queries, keys, values, segments, scaling)
     else:
@@ -84,9 +84,9 @@ class Gather(torch.autograd.Function):
         if segments.uses is None:
             raise NotImplementedError("groups of different numbers of completions are for scoring alone")
         out = gradient.index_select(0, segments.own)
-        num_prompt, num_uses = segments.uses.shape
-        used = gradient.index_select(0, segments.uses.reshape(-1)).view(num_prompt, num_uses, *gradient.shape[1:])
-        whole = out.index_select(0, segments.prompts).float() + used.float().sum(1)
+        whole = out.index_select(0, segments.prompts).float()
+        for use in segments.uses.unbind(1):
+            whole += gradient.index_select(0, use)
         return out.index_copy_(0, segments.prompts, whole.to(out.dtype)), None
 
 
