@@ -1,20 +1,21 @@
 """prefbuild/evaluation.py: what lm-eval's own HFLM says, with each context computed once."""
 
 import copy
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
 from prefbuild import evaluation
 from prefbuild.artifact import sha256_file
-from prefbuild.evaluation import TOKENS_A_DOCUMENT, SharedContextLM, share
+from prefbuild.evaluation import TOKENS_A_DOCUMENT, SharedContextLM
 from prefbuild.measure import run_task
 from prefbuild.taskfile import read_task
 from prefbuild.template import load_tokenizer
@@ -214,39 +215,6 @@ def test_beginning_that_contexts_have_in_common_is_computed_once(
         assert read == common + sum(num_heads * (len(one) - common) + after for one in ids)
 
 
-def test_parts_are_no_larger_than_their_budget() -> None:
-    ids = [(None, [1] * length, [2] * (1 + number)) for length in (5, 30, 90) for number in range(40)]
-    twice = [(None, [1] * 5, [3]), (None, [1] * 5, [3])]
-    parts = share([*ids, *twice], 200, 100)
-    assert all(part.size <= 100 or len(part.asked) == 1 for part in parts)
-    assert sorted(i for part in parts for indices in part.asked.values() for i in indices) == list(range(122))
-    assert [indices for part in parts for indices in part.asked.values() if 120 in indices] == [[120, 121]]
-    assert len(parts) > 3
-    assert [len(part.prefix) for part in share(ids, 200, 10_000)] == [5, 30, 90]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    requests=st.lists(
-        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.integers(0, 2), min_size=1, max_size=4)),
-        min_size=1, max_size=30,
-    ),
-    max_length=st.integers(4, 14),
-    budget=st.integers(1, 60),
-)  # fmt: skip
-def test_parts_hold_every_request_cut_as_lm_eval_cuts_it(requests: list[Any], max_length: int, budget: int) -> None:
-    parts = share([(None, *request) for request in requests], max_length, budget)
-    found = {}
-    for part in parts:
-        assert part.prefix
-        assert part.size <= budget or len(part.asked) == 1
-        for (rest, num_scored), indices in part.asked.items():
-            for i in indices:
-                found[i] = ([*part.prefix, *rest], [*rest[-num_scored:]])
-    expected = {i: ((a + b)[-(max_length + 1) :], b) for i, (a, b) in enumerate(requests)}
-    assert found == expected
-
-
 def test_batch_size_sets_the_tokens_of_a_pack(thin: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = both(thin, tokenizer, batch_size=1)
     monkeypatch.setattr(ours, "_check", lambda *arguments: True)
@@ -366,3 +334,15 @@ def test_in_bfloat16_contexts_are_shared_too(smollm2: Path, tokenizer: Any, caps
     assert NOT_SHARED not in capsys.readouterr().err
     for (log_likelihood, _), (expected, _) in zip(found, exact.loglikelihood(requests), strict=True):
         assert log_likelihood == pytest.approx(expected, rel=0.02, abs=0.1)
+
+
+def test_benchmark_measures_both_ways(tiny_model: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/evaluation.py"), str(tiny_model), "-n", "1", "--documents", "3"]
+    done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True, check=True)
+    assert NOT_SHARED not in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["results"]) == 6
+    for result in found["results"]:
+        assert result["largest_difference"] < 1e-3
+        assert result["other_choices"] == 0
+        assert result["ratio"] > 0
