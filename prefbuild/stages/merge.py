@@ -3,6 +3,7 @@
 The merged weights are the base's in its own number format, so they are rounded once more than base and adapter
 apart. What is measured is what that rounding did: both are loaded from disk in float32 and compared on fixed prompts.
 Of a reward model the rewards of fixed answers are compared instead.
+The base is verified while it is merged, and the merged files are hashed while they are written (prefbuild/merging.py).
 Covered: LoRA, rsLoRA and DoRA as PEFT merges them, tied embeddings, and all weights trained in float32 (input `trained`
 instead of `adapter`). Not covered: quantised bases, which PEFT would quantise a second time, and several adapters at
 once.
@@ -11,12 +12,17 @@ once.
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import read_json, verify_artifact, write_json
+from prefbuild.artifact import read_json, read_manifest, verify_artifact, write_json
+from prefbuild.digests import Digest, Digests
 from prefbuild.errors import StageError
+from prefbuild.merging import NotCovered, refuse_tied, stream_merge
 from prefbuild.rows import Message
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
 
@@ -52,16 +58,22 @@ def run(
 
     check_pair(model, trained)
     if "max_reward_difference" in settings["merge"]:
+        verify_artifact(model)
         check_adapter(trained)
         write_json(outputs["metrics"], merge_reward_model(model, trained, merged, **settings["merge"]))
         return
     max_kl = settings["merge"]["max_kl"]
-    if full:
-        check_weights(model, trained)
-        round_weights(model, trained, merged)
-    else:
-        check_adapter(trained)
-        merge(model, trained, merged)
+    with _verified(model):
+        if full:
+            check_weights(model, trained)
+            digests = round_weights(model, trained, merged)
+        else:
+            check_adapter(trained)
+            digests = merge(model, trained, merged)
+    hashed = Digests(work)
+    for path, digest in digests.items():
+        hashed.add(path, digest)
+    hashed.save()
     result = compare(model, trained, merged, full=full)
 
     print(
@@ -99,8 +111,11 @@ def run(
 
 
 def check_pair(model: Path, trained: Path) -> None:
-    """StageError unless this was trained on exactly this base, both are whole, and the base is not quantised."""
-    base_digest = verify_artifact(model)["digest"]
+    """StageError unless this was trained on exactly this base and is whole, and the base is not quantised.
+
+    Whether the base is whole is left to `_verified`.
+    """
+    base_digest = read_manifest(model)["digest"]
     trained_on = verify_artifact(trained)["inputs"].get("model")
     if trained_on != base_digest:
         raise StageError(
@@ -112,6 +127,20 @@ def check_pair(model: Path, trained: Path) -> None:
             f"{model / 'config.json'}: the base is quantised, and merging would quantise the trained weights again; "
             "give the recipe a base in bfloat16, float16 or float32"
         )
+
+
+@contextmanager
+def _verified(model: Path) -> Iterator[None]:
+    """Hash every file of the base while it is used, so that the disk gives its bytes once. StageError when one differs.
+
+    That error comes before whatever a broken base did to its user.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        verified = thread.submit(verify_artifact, model)
+        try:
+            yield
+        finally:
+            verified.result()
 
 
 def check_adapter(adapter: Path) -> None:
@@ -202,23 +231,30 @@ def round_at_random(weights: Any, dtype: Any, generator: Any) -> Any:
     return bits.view(torch.float32).to(dtype)
 
 
-def merge(model: Path, adapter: Path, merged: Path) -> None:
+def merge(model: Path, adapter: Path, merged: Path, max_shard_size: str = "50GB") -> dict[Path, Digest]:
     """Write base and adapter as one checkpoint: safetensors in the base's number format, and the base's other files.
 
-    On the CPU, whatever the machine has, so that the bytes do not depend on the kind of GPU.
+    Returns the digests of the files that were hashed while they were written. On the CPU, whatever the machine has, so that
+    the bytes do not depend on the kind of GPU; the disk is slower than the CPU anyway. `max_shard_size` is transformers' own.
     """
+    try:
+        digests = stream_merge(model, adapter, merged, max_shard_size)
+    except NotCovered as why:
+        print(f"merge: the whole model is loaded, since {why}", file=sys.stderr)
+        _merge_whole(model, adapter, merged, max_shard_size)
+        digests = {}
+    copy_text_files(model, merged)
+    return digests
+
+
+def _merge_whole(model: Path, adapter: Path, merged: Path, max_shard_size: str) -> None:
     import peft
 
     base = _load(model, "auto")
     tied = _tied(base)
     pair = peft.PeftModel.from_pretrained(base, adapter)
-    embeddings = base.get_input_embeddings(), base.get_output_embeddings()
-    if tied and any(type(layer).__module__.startswith("peft.") for layer in embeddings):
-        raise StageError(
-            f"{adapter}: adapts an embedding that {model} uses as input and as output; merging would change both, "
-            "though one was trained. Leave the embeddings and lm_head out of lora.target_modules"
-        )
-    _save(_merged(pair, model, adapter), model, merged)
+    refuse_tied(base, model, adapter, tied)
+    _save(_merged(pair, model, adapter), model, merged, max_shard_size)
 
 
 def _merged(pair: Any, model: Path, adapter: Path) -> Any:
@@ -228,14 +264,14 @@ def _merged(pair: Any, model: Path, adapter: Path) -> Any:
         raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
 
 
-def _save(whole: Any, model: Path, merged: Path) -> None:
+def _save(whole: Any, model: Path, merged: Path, max_shard_size: str = "50GB") -> None:
     from transformers import GenerationConfig
 
     if (model / "generation_config.json").exists():
         # The base's own file is copied below; saving it here would fail on many that people publish
         # (a temperature without do_sample, say).
         whole.generation_config = GenerationConfig()
-    whole.save_pretrained(merged)
+    whole.save_pretrained(merged, max_shard_size=max_shard_size)
     copy_text_files(model, merged)
     for path in merged.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors makes files that only their owner may read
