@@ -29,7 +29,9 @@ def tell_dvc(outputs: list[Path], work: Path, *, worth_it: int = WORTH_IT) -> bo
         ours = {
             Path(path).absolute(): digest
             for path, digest in Digests(work).files.items()
-            if any(Path(path).is_relative_to(output) for output in outputs) and is_of(digest, Path(path))
+            if any(Path(path).is_relative_to(output) for output in outputs)
+            and Path(path).is_file()
+            and is_of(digest, Path(path))
         }
         if sum(digest.size for digest in ours.values()) < worth_it:
             return False

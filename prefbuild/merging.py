@@ -176,13 +176,16 @@ def _merged(place: Place, layer: Any, model: Path, adapter: Path) -> Any:
 
 
 def _save_config(base: Any, model: Path, merged: Path) -> None:
-    """config.json and, where the base has none, the generation config, as save_pretrained writes them."""
+    """config.json and, where the base has none to copy, the generation config, as save_pretrained writes them."""
     from transformers import GenerationConfig
 
     merged.mkdir(parents=True, exist_ok=True)
     base.config.dtype = str(base.dtype).removeprefix("torch.")
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(merged)
-    if base.can_generate():
-        known = (model / "generation_config.json").exists()  # it is copied over this
-        (GenerationConfig() if known else base.generation_config).save_pretrained(merged)
+    if base.can_generate() and not (model / "generation_config.json").exists():
+        # As from_pretrained makes it then.
+        generation = GenerationConfig.from_pretrained(
+            model, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
+        generation.save_pretrained(merged)

@@ -323,7 +323,7 @@ def compare(model: Path, trained: Path, merged: Path, *, full: bool = False) -> 
     answers, tied = (_of_weights if full else _of_adapter)(model, trained, device)
     torch.cuda.empty_cache()
 
-    one = _load(merged, torch.float32).to(device).eval()
+    one = _load(merged, torch.float32, device).eval()
     if _tied(one) != tied:
         raise StageError(
             f"{merged}: input and output embeddings are {'not ' * tied}one tensor, "
@@ -350,7 +350,7 @@ def _of_adapter(model: Path, adapter: Path, device: str) -> tuple[list[_Answer],
     import peft
     import torch
 
-    base = _load(model, torch.float32)
+    base = _load(model, torch.float32, device)
     tied = _tied(base)
     pair = peft.PeftModel.from_pretrained(base, adapter).to(device).eval()
     answers = []
@@ -367,13 +367,13 @@ def _of_weights(model: Path, trained: Path, device: str) -> tuple[list[_Answer],
     """What the trained weights say to the prompts, and whether the base ties its embeddings."""
     import torch
 
-    whole = _load(trained, torch.float32).to(device).eval()
+    whole = _load(trained, torch.float32, device).eval()
     said = []
     for ids in _prompt_ids(model):
         continued = _continue(whole, ids)
         said.append((continued, len(ids), _logits(whole, continued)))
     del whole  # or two models in float32 would be in memory
-    base = _load(model, torch.float32).to(device).eval()
+    base = _load(model, torch.float32, device).eval()
     answers = [
         _Answer(ids=ids, num_prompt=length, logits=logits, kl_of_base=_kl(logits, _logits(base, ids)))
         for ids, length, logits in said
@@ -381,11 +381,12 @@ def _of_weights(model: Path, trained: Path, device: str) -> tuple[list[_Answer],
     return answers, _tied(base)
 
 
-def _load(folder: Path, dtype: Any) -> Any:
+def _load(folder: Path, dtype: Any, device: str = "cpu") -> Any:
+    """The model on a device, each tensor sent there as it is read: a whole one in float32 may not fit beside the files."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
 
 
