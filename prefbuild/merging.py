@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base tensor by tensor, from the base's files to the merged ones.
 
-PEFT's own layers do the adding, one at a time, so the bytes are those of its merge_and_unload(safe_merge=True); the model
+PEFT's own layers say what to add, one at a time, so the bytes are those of its merge_and_unload(safe_merge=True); the model
 itself is never in memory, only the adapter and a few times the largest tensor.
 Covered: LoRA, rsLoRA and DoRA on linear layers, tied embeddings, bases of one number format in any number of files.
 Not covered, and left to PEFT and the whole model: adapters with more than A, B and a magnitude, bases of mixed formats, and
@@ -60,6 +60,7 @@ def stream_merge(model: Path, adapter: Path, merged: Path, max_shard_size: str) 
                 lambda name: _merged(places[name], layers.get(name), model, adapter),
                 bar.update,
             )
+            (merged / file).chmod(0o644)  # as all that is copied, whatever the caller's umask
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": num_parameters, **split.metadata},
@@ -156,23 +157,21 @@ def _layers(base: Any, adapter: Path) -> dict[str, Any]:
 
 
 def _merged(place: Place, layer: Any, model: Path, adapter: Path) -> Any:
-    """A tensor as it is to be written. PEFT's layer is left as it was."""
+    """A tensor as it is to be written."""
     import torch
 
     weight = read_tensor(place)
     if layer is None:
         return weight
-    inner = layer.get_base_layer()
-    without = inner.weight
-    inner.weight = torch.nn.Parameter(weight, requires_grad=False)
-    try:
-        layer.merge(safe_merge=True)
-        result = inner.weight.data
-    except ValueError as error:  # safe_merge found NaN or infinity
-        raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
-    finally:
-        inner.weight = without
-    return result
+    if ADAPTER in layer.lora_variant:  # DoRA
+        weight = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
+    else:
+        # What its merge(safe_merge=True) does, without a copy to go back to.
+        weight += layer.get_delta_weight(ADAPTER).to(weight.dtype)
+    # To look at each number takes longer than the rest; a sum is finite only when all are.
+    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        raise StageError(f"{adapter}: can't be merged into {model}: the merged weights would hold NaN or infinity")
+    return weight
 
 
 def _save_config(base: Any, model: Path, merged: Path) -> None:

@@ -188,7 +188,7 @@ def test_what_is_not_covered_is_left_to_peft(
 def test_update_too_large_for_the_format_is_refused(tmp_path: Path) -> None:
     model = make_base(tmp_path / "base", dtype="float16")
     trained = make_adapter(tmp_path / "adapter", model, std=300.0)
-    with pytest.raises(StageError, match=r"adapter: can't be merged into .*base: NaNs detected in the merged weights"):
+    with pytest.raises(StageError, match=r"adapter: can't be merged into .*base: the merged weights would hold NaN"):
         stream_merge(model, trained, tmp_path / "merged", "50GB")
 
 

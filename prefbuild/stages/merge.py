@@ -43,6 +43,7 @@ ANSWERS = ("I don't know.", "Yes, and here is why: it follows from what you say,
 # What a checkpoint has beside its weights: copied from the base as it is. config.json is written with the weights.
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_COPIED = {"config.json", "manifest.json", "adapter_config.json", "trainer_state.json"}
+MAX_SHARD_SIZE = "50GB"  # transformers' own
 # Bits of a float32's mantissa that a shorter format has not.
 LOST_BITS = {"torch.bfloat16": 16, "torch.float16": 13}
 
@@ -63,10 +64,11 @@ def run(
         write_json(outputs["metrics"], merge_reward_model(model, trained, merged, **settings["merge"]))
         return
     max_kl = settings["merge"]["max_kl"]
-    with _verified(model):
+    with verified(model):
         if full:
             check_weights(model, trained)
-            digests = round_weights(model, trained, merged)
+            round_weights(model, trained, merged)
+            digests = {}
         else:
             check_adapter(trained)
             digests = merge(model, trained, merged)
@@ -113,7 +115,7 @@ def run(
 def check_pair(model: Path, trained: Path) -> None:
     """StageError unless this was trained on exactly this base and is whole, and the base is not quantised.
 
-    Whether the base is whole is left to `_verified`.
+    Whether the base is whole is left to `verified`.
     """
     base_digest = read_manifest(model)["digest"]
     trained_on = verify_artifact(trained)["inputs"].get("model")
@@ -130,17 +132,17 @@ def check_pair(model: Path, trained: Path) -> None:
 
 
 @contextmanager
-def _verified(model: Path) -> Iterator[None]:
+def verified(model: Path) -> Iterator[None]:
     """Hash every file of the base while it is used, so that the disk gives its bytes once. StageError when one differs.
 
     That error comes before whatever a broken base did to its user.
     """
     with ThreadPoolExecutor(1) as thread:
-        verified = thread.submit(verify_artifact, model)
+        manifest = thread.submit(verify_artifact, model)
         try:
             yield
         finally:
-            verified.result()
+            manifest.result()
 
 
 def check_adapter(adapter: Path) -> None:
@@ -231,23 +233,24 @@ def round_at_random(weights: Any, dtype: Any, generator: Any) -> Any:
     return bits.view(torch.float32).to(dtype)
 
 
-def merge(model: Path, adapter: Path, merged: Path, max_shard_size: str = "50GB") -> dict[Path, Digest]:
+def merge(model: Path, adapter: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> dict[Path, Digest]:
     """Write base and adapter as one checkpoint: safetensors in the base's number format, and the base's other files.
 
     Returns the digests of the files that were hashed while they were written. On the CPU, whatever the machine has, so that
-    the bytes do not depend on the kind of GPU; the disk is slower than the CPU anyway. `max_shard_size` is transformers' own.
+    the bytes do not depend on the kind of GPU; hashing takes longer than adding anyway.
     """
     try:
         digests = stream_merge(model, adapter, merged, max_shard_size)
     except NotCovered as why:
         print(f"merge: the whole model is loaded, since {why}", file=sys.stderr)
-        _merge_whole(model, adapter, merged, max_shard_size)
-        digests = {}
+        merge_whole(model, adapter, merged, max_shard_size)
+        return {}
     copy_text_files(model, merged)
     return digests
 
 
-def _merge_whole(model: Path, adapter: Path, merged: Path, max_shard_size: str) -> None:
+def merge_whole(model: Path, adapter: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """As `merge`, by PEFT, with the whole model in memory."""
     import peft
 
     base = _load(model, "auto")
@@ -264,7 +267,7 @@ def _merged(pair: Any, model: Path, adapter: Path) -> Any:
         raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
 
 
-def _save(whole: Any, model: Path, merged: Path, max_shard_size: str = "50GB") -> None:
+def _save(whole: Any, model: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     from transformers import GenerationConfig
 
     if (model / "generation_config.json").exists():
@@ -382,11 +385,13 @@ def _of_weights(model: Path, trained: Path, device: str) -> tuple[list[_Answer],
 
 
 def _load(folder: Path, dtype: Any, device: str = "cpu") -> Any:
-    """The model on a device, each tensor sent there as it is read: a whole one in float32 may not fit beside the files."""
+    """The model on a device, each tensor sent there as it is read, so that it is never whole in the machine's memory."""
     from transformers import AutoModelForCausalLM
 
+    # With a map, even of nothing but the CPU, transformers takes a model for an offloaded one when it saves it.
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **where
     )
 
 
