@@ -163,8 +163,11 @@ def _merged(place: Place, layer: Any, model: Path, adapter: Path) -> Any:
     weight = read_tensor(place)
     if layer is None:
         return weight
-    if ADAPTER in layer.lora_variant:  # DoRA
+    if ADAPTER in layer.lora_variant:  # DoRA, which scales the base too
+        inner = layer.get_base_layer()
+        without, inner.weight = inner.weight, torch.nn.Parameter(weight, requires_grad=False)
         weight = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
+        inner.weight = without
     else:
         # What its merge(safe_merge=True) does, without a copy to go back to.
         weight += layer.get_delta_weight(ADAPTER).to(weight.dtype)

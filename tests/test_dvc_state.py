@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,33 @@ def test_dvc_does_not_read_what_was_told(project: Path) -> None:
     assert tell_dvc([Path("merged")], Path("work"), worth_it=0)
     assert md5_of_dvc("model.safetensors") == CLAIMED
     assert md5_of_dvc("config.json") == hashlib.md5(b"{}").hexdigest()
+
+
+STAGE = """
+    import os
+    from pathlib import Path
+
+    from prefbuild.digests import Digest, Digests
+    from prefbuild.dvc_state import tell_dvc
+
+    Path("merged").mkdir()
+    file = Path("merged/model.safetensors")
+    file.write_bytes(b"weights" * 1000)
+    told = Digests(Path("work"))
+    about = file.stat()
+    told.add(file, Digest(size=about.st_size, changed=about.st_mtime_ns, sha256="c" * 64, md5="c" * 32))
+    told.save()
+    assert tell_dvc([Path("merged")], Path("work"), worth_it=0)
+"""
+
+
+def test_dvc_repro_does_not_read_what_its_stage_told(project: Path) -> None:
+    Path("stage.py").write_text(textwrap.dedent(STAGE))
+    stage = {"cmd": f"{sys.executable} stage.py", "deps": ["stage.py"], "outs": ["merged"]}
+    Path("dvc.yaml").write_text(json.dumps({"stages": {"merge": stage}}))
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    text = next(Path(".dvc/cache/files/md5").glob("*/*.dir")).read_text()
+    assert json.loads(text) == [{"md5": CLAIMED, "relpath": "model.safetensors"}]
 
 
 def test_file_that_changed_since_is_read(project: Path) -> None:
