@@ -126,7 +126,7 @@ def _layers(base: Any, adapter: Path) -> dict[str, Any]:
     from peft.tuners.lora import Linear
     from safetensors import safe_open
 
-    config = peft.PeftConfig.from_pretrained(adapter)
+    config = peft.PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != "LORA":
         raise NotCovered(f"{adapter}: is no LoRA")
     with warnings.catch_warnings():

@@ -62,7 +62,7 @@ def read_tensor(place: Place) -> Any:
     import torch
 
     data = torch.empty(place.end - place.start, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     with open(place.path, "rb", buffering=0) as file:
         file.seek(place.start)
         while view:

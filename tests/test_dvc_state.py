@@ -33,9 +33,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def claim(path: Path, later: int = 0) -> None:
     about = path.stat()
     told = Digests(Path("work"))
-    told.add(
-        path, Digest(size=about.st_size, changed=about.st_mtime_ns + later, sha256="c" * 64, md5=CLAIMED)
-    )
+    told.add(path, Digest(size=about.st_size, changed=about.st_mtime_ns + later, sha256="c" * 64, md5=CLAIMED))
     told.save()
 
 

@@ -12,7 +12,7 @@ once.
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from prefbuild.errors import StageError
 from prefbuild.merging import NotCovered, refuse_tied, stream_merge
 from prefbuild.rows import Message
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
+from prefbuild.tensors import FORMATS, find_tensors, read_tensor
 
 NUM_NEW_TOKENS = 16
 # Questions, code, other scripts, digits: tokens that differ in what the model does with them.
@@ -170,15 +171,24 @@ def check_weights(model: Path, trained: Path) -> None:
     """StageError when trained weights are not finite numbers, or are all those of the base."""
     import torch
 
-    before, after = _load(model, "auto").state_dict(), _load(trained, "auto").state_dict()
-    for key, tensor in after.items():
-        if not tensor.isfinite().all():
-            raise StageError(f"{trained}: {key} holds NaN or infinity; train again with a lower learning_rate")
-    shapes = [{key: tensor.shape for key, tensor in weights.items()} for weights in (before, after)]
+    # Places in files, of which one tensor after the other is read; or, where names differ, tensors in memory.
+    before: dict[str, Any] = find_tensors(model)
+    after: dict[str, Any] = find_tensors(trained)
+    read: Callable[[Any], Any] = read_tensor
+    if before.keys() != after.keys() or {place.format for place in [*before.values(), *after.values()]} - set(FORMATS):
+        before, after = _load(model, "auto").state_dict(), _load(trained, "auto").state_dict()
+        read = torch.Tensor.detach
+    shapes = [{key: weight.shape for key, weight in weights.items()} for weights in (before, after)]
     if shapes[0] != shapes[1]:
         keys = sorted(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
         raise StageError(f"{trained}: {keys[0]} is not shaped as in {model}; run `dvc repro` to train on this base")
-    if all(torch.equal(before[key].to(tensor.dtype), tensor) for key, tensor in after.items()):
+    same = True
+    for key in after:
+        tensor = read(after[key])
+        if not tensor.isfinite().all():
+            raise StageError(f"{trained}: {key} holds NaN or infinity; train again with a lower learning_rate")
+        same = same and torch.equal(read(before[key]).to(tensor.dtype), tensor)
+    if same:
         raise StageError(
             f"{trained}: all {len(after)} weights are those of {model}, as before training; "
             "look at the loss and grad_norm in train.json"
@@ -194,8 +204,11 @@ def round_weights(model: Path, trained: Path, merged: Path) -> None:
     StageError when a weight is too large for that format.
     """
     import torch
+    from transformers import AutoConfig
 
-    dtype = _load(model, "auto").dtype
+    dtype = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).dtype
+    if not isinstance(dtype, torch.dtype):  # it is that of the weights
+        dtype = _load(model, "auto").dtype
     exact, whole = _load(trained, torch.float32), _load(trained, dtype)
     if str(dtype) in LOST_BITS:
         _round_all(exact, whole, trained)
