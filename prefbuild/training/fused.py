@@ -1,0 +1,188 @@
+"""The same arithmetic in fewer kernels and less memory: LoRA as one autograd function, Liger's kernels, NF4 once.
+
+What is not known to give the same result is left as it is: adapters with dropout or DoRA, quantised layers, heads.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+
+class FusedLora(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers that read the same x, with W_i frozen.
+
+    The adapter's part is written first and the layer's own product added onto it as it is computed, so that no output
+    is read again; gradients of x are added up the same way. Saved are x and x A^T alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, scales: tuple[float, ...], *layers: Any) -> tuple[Any, ...]:
+        # x [T, in]; then weight [out, in], bias [out] or None, A [r, in] and B [out, r] of every layer. All in x's
+        # number format here; adapters are kept in float32.
+        weights, biases = [weight.to(x.dtype) for weight in layers[0::4]], layers[1::4]
+        a = torch.cat(layers[2::4]).to(x.dtype)  # [sum of r, in]
+        bs = [(b * scale).to(x.dtype) for b, scale in zip(layers[3::4], scales, strict=True)]
+        ctx.ranks = [b.shape[1] for b in bs]
+        ctx.scales = scales
+        down = x @ a.t()  # [T, sum of r]
+        outs = []
+        for part, b, weight, bias in zip(down.split(ctx.ranks, 1), bs, weights, biases, strict=True):
+            out = (part @ b.t()).addmm_(x, weight.t())
+            outs.append(out if bias is None else out.add_(bias))
+        ctx.save_for_backward(x, down, a, *bs, *weights)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        x, down, a, *rest = ctx.saved_tensors
+        bs, weights = rest[: len(gradients)], rest[len(gradients) :]
+        back = torch.cat([gradient @ b for gradient, b in zip(gradients, bs, strict=True)], 1)  # [T, sum of r]
+        into_x = None
+        if ctx.needs_input_grad[0]:
+            into_x = back @ a
+            for gradient, weight in zip(gradients, weights, strict=True):
+                into_x.addmm_(gradient, weight)
+        of_a = (back.t() @ x).float().split(ctx.ranks)
+        into = []
+        for gradient, part, scale, into_a in zip(gradients, down.split(ctx.ranks, 1), ctx.scales, of_a, strict=True):
+            into += [None, None, into_a, (gradient.t() @ part).float().mul_(scale)]
+        return into_x, None, *into
+
+
+def fuse(model: Any) -> list[str]:
+    """Fuse what can be of a causal model, or of a PEFT model around one, in place; says what was done."""
+    done = []
+    if number := fuse_lora(model):
+        done.append(f"{number} LoRA layers")
+    if on_gpu(model) and (kernels := liger(model)):
+        done.append(kernels)
+    return done
+
+
+# Layers that read the same tensor, one after the other, by the names of transformers' models.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fuse_lora(model: Any) -> int:
+    """Replace the forward of PEFT's LoRA layers, where that is plain LoRA on a plain linear layer; how many."""
+    from peft.tuners.lora import Linear
+
+    plain = {name: layer for name, layer in model.named_modules() if type(layer) is Linear and _plain(layer)}
+    groups: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
+    for name, layer in plain.items():
+        parent, _, last = name.rpartition(".")
+        names = next((names for names in TOGETHER if last in names), (last,))
+        groups.setdefault((parent, names), []).append(layer)
+    for layers in groups.values():
+        group = Group(layers)
+        for layer in layers:
+            layer.forward = partial(group.forward, layer)
+    return len(plain)
+
+
+class Group:
+    """LoRA layers that are called with the same tensor: the first call computes them all."""
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self.x: Any = None
+        self.outs: dict[int, Any] = {}  # of layers that are not called yet, by id
+
+    def forward(self, layer: Any, x: Any, *_arguments: Any, **_named: Any) -> Any:
+        """What a layer's own forward gives."""
+        if layer.disable_adapters or layer.merged:
+            return layer.base_layer(x)
+        if self.x is not x or id(layer) not in self.outs:
+            self.x, self.outs = x, dict(zip(map(id, self.layers), _together(self.layers, x), strict=True))
+        out = self.outs.pop(id(layer))
+        if not self.outs:
+            self.x = None  # kept no longer than needed
+        return out
+
+
+def _together(layers: list[Any], x: Any) -> list[Any]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    name = "default"
+    parts = [
+        part
+        for layer in layers
+        for part in (
+            layer.base_layer.weight,
+            layer.base_layer.bias,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+        )
+    ]
+    with torch.autocast(device, enabled=False):
+        outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), tuple(layer.scaling[name] for layer in layers), *parts)
+    return [out.view(*x.shape[:-1], -1) for out in outs]
+
+
+def _plain(layer: Any) -> bool:
+    name = "default"
+    return (
+        type(layer.base_layer) is torch.nn.Linear
+        and list(layer.lora_A) == [name]
+        and not layer.lora_variant.get(name)  # DoRA and others
+        and not layer.lora_bias.get(name)
+        and not getattr(layer.lora_dropout[name], "p", 0.0)
+        and not layer.base_layer.weight.requires_grad
+    )
+
+
+def on_gpu(model: Any) -> bool:
+    """Whether a model is on an NVIDIA or AMD GPU."""
+    return bool(next(model.parameters()).is_cuda)
+
+
+def liger(model: Any) -> str | None:
+    """Liger's RMSNorm, rotary embedding and SwiGLU, where it is installed and knows the model; what was done."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return None
+    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(whole.config.model_type)
+    if apply is None:
+        return None
+    # Its losses and its head are not ours: log-probabilities of pairs are no cross-entropy.
+    apply(model=whole, fused_linear_cross_entropy=False, cross_entropy=False)
+    return "Liger's norms, rotary embedding and SwiGLU"
+
+
+def dequantise(model: Any) -> int:
+    """Replace bitsandbytes' 4-bit linear layers by plain ones that hold the values they multiply by; how many.
+
+    QLoRA dequantises a layer at each use; here it is done once. Before an adapter is put on.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    number = 0
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Linear4bit):
+            continue
+        state = layer.weight.quant_state  # type: ignore[attr-defined]
+        weight = dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype or torch.bfloat16)
+        with torch.device("meta"):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+        number += 1
+    if number:
+        forget_quantisation(model)
+    return number
+
+
+def forget_quantisation(model: Any) -> None:
+    """Have transformers and PEFT see a plain model."""
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None if attribute in ("quantization_method", "hf_quantizer") else False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
