@@ -33,6 +33,7 @@ from prefbuild.methods import (
     reference_recipe,
     split_batch,
     train_metrics,
+    why_no_graph,
     why_not_packed,
 )
 from prefbuild.rewards.schema import ModelReward
@@ -688,6 +689,9 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         return
     if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
         yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
+    if isinstance(train, PromptOptions) and train.rollout is not None and train.rollout.engine == "graph":
+        if reason := why_no_graph(train, compute.strategy):
+            yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
     if not train.use_peft:
         yield (
             ("compute", "strategy"),
