@@ -689,9 +689,9 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         return
     if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
         yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
-    if isinstance(train, PromptOptions) and train.rollout is not None and train.rollout.engine == "graph":
-        if reason := why_no_graph(train, compute.strategy):
-            yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
+    wants_graph = isinstance(train, PromptOptions) and train.rollout is not None and train.rollout.engine == "graph"
+    if wants_graph and (reason := why_no_graph(train, compute.strategy)):
+        yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
     if not train.use_peft:
         yield (
             ("compute", "strategy"),

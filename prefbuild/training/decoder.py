@@ -191,7 +191,9 @@ class Decoder:
             keys, values = cache[0][index], cache[1][index]
             seen = kernels.attend(qkv, keys, values, rotary, self.num_heads, self.scale)
             hidden = kernels.linear(seen, layer.out, layer.out_bias, residual=hidden)
-            act = kernels.linear(hidden, layer.gate_up, layer.gate_up_bias, norm=layer.post_norm, eps=self.eps, gate=True)
+            act = kernels.linear(
+                hidden, layer.gate_up, layer.gate_up_bias, norm=layer.post_norm, eps=self.eps, gate=True
+            )
             hidden = kernels.linear(act, layer.down, layer.down_bias, residual=hidden)
         return F.linear(self._rms(hidden, self.norm), self.head)
 

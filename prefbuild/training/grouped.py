@@ -5,6 +5,7 @@ host that starts them one by one takes longer than they do. What is captured has
 them with tokens that nothing reads; there are few sizes, and each is captured when it first comes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class Batch:
     num_scored: int
 
 
-def lay_out(prompts: list[Ids], completions: list[Ids], largest_group: int, longest: int, step: int) -> Batch:
+def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], largest_group: int, longest: int, step: int) -> Batch:
     """Completions and the prompt of each, laid out in one row with every prompt once. `longest` is at least a segment's.
 
     Groups may differ in number; token counts are filled up to multiples of `step`.
@@ -125,9 +126,7 @@ def lay_out(prompts: list[Ids], completions: list[Ids], largest_group: int, long
 class GroupedScores:
     """Scores completions by a model with a LoRA adapter, whose attention and LoRA layers it replaces."""
 
-    def __init__(
-        self, model: Any, *, temperature: float, bf16: bool, largest_group: int, longest: int, capture: bool
-    ):
+    def __init__(self, model: Any, *, temperature: float, bf16: bool, largest_group: int, longest: int, capture: bool):
         """`longest` is the most tokens of prompt and completion. `capture` is for GPUs."""
         whole = model.get_base_model()
         use_packed_attention(whole)
@@ -142,7 +141,7 @@ class GroupedScores:
         self.gradient: Tensor | None = None  # all of them in one, which captured backwards add to
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
 
-    def score(self, prompts: list[Ids], completions: list[Ids], width: int) -> tuple[Tensor, Tensor]:
+    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities, with gradient, and entropies of completions' tokens: float32 [completions, width].
 
         Places after a completion's end are 0. Prompts are one a completion; the same ones are computed once.
