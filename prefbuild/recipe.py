@@ -689,8 +689,9 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         return
     if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
         yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
-    wants_graph = isinstance(train, PromptOptions) and train.rollout is not None and train.rollout.engine == "graph"
-    if wants_graph and (reason := why_no_graph(train, compute.strategy)):
+    prompted = train if isinstance(train, PromptOptions) else None
+    wants_graph = prompted and prompted.rollout and prompted.rollout.engine == "graph"
+    if prompted and wants_graph and (reason := why_no_graph(prompted, compute.strategy)):
         yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
     if not train.use_peft:
         yield (
