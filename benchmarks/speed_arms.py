@@ -1,0 +1,388 @@
+"""The arms of speed.py: one training or measurement each, in a process of its own.
+
+    python benchmarks/speed_arms.py ARM FOLDER OPTIONS_AS_JSON RESULT
+
+Every step ends with an event on the GPU, which nothing waits for; times are differences of those, so that they hold all
+that happens between two steps. The first step and the second, which warm up, are in no time of a step.
+"""
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SEED = 42
+
+
+# ---- what is measured
+
+
+class Steps:
+    """When the optimizer's steps ended, whichever library takes them; with a profile of `profiled` of them."""
+
+    def __init__(self, profiled: range | None = None) -> None:
+        self.marks: list[Any] = []
+        self.first = 0.0  # time.time() of the end of step 1
+        self.profiled = profiled
+        self.profile: Any = None
+
+    def __enter__(self) -> "Steps":
+        import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.cuda = torch.cuda.is_available()
+        self.hook = register_optimizer_step_post_hook(lambda *_: self.ended())
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self.hook.remove()
+
+    def ended(self) -> None:
+        import torch
+
+        if not self.cuda:
+            self.marks.append(time.perf_counter())
+        elif not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        if len(self.marks) == 1:
+            self.synchronize()
+            self.first = time.time()
+        if self.profiled is not None and len(self.marks) == self.profiled.start:
+            self.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self.profile = torch.profiler.profile(activities=activities if self.cuda else None)
+            self.profile.start()
+        elif self.profiled is not None and len(self.marks) == self.profiled.stop:
+            self.synchronize()
+            self.profile.stop()
+
+    def synchronize(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self) -> list[float]:
+        """Of each step from the second on."""
+        self.synchronize()
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [round(a.elapsed_time(b) / 1000 if self.cuda else b - a, 5) for a, b in pairs]
+
+    def parts(self) -> dict[str, float]:
+        """Where the GPU's time of a profiled step went, in seconds: by kind of kernel, and idle."""
+        import torch
+
+        parts = dict.fromkeys(("matrix products", "attention", "other kernels", "copies"), 0.0)
+        number = len(self.profiled or ())
+        busy = []
+        for event in self.profile.events():
+            if event.device_type != torch.autograd.DeviceType.CUDA:
+                continue
+            parts[kind(event.name)] += event.time_range.elapsed_us() / 1e6 / number
+            busy.append((event.time_range.start, event.time_range.end))
+        first, last = self.profiled.start, self.profiled.stop  # type: ignore[union-attr]
+        wall = sum(self.seconds()[first - 1 : last - 1]) / number
+        return {**parts, "idle": max(0.0, wall - covered(busy) / 1e6 / number)}
+
+
+def kind(kernel: str) -> str:
+    """What a kernel of this name does. FlashAttention's are built on cutlass too, so attention is asked for first."""
+    name = kernel.lower()
+    if "memcpy" in name or "memset" in name:
+        return "copies"
+    if any(word in name for word in ("flash", "fmha", "attention", "attn")):
+        return "attention"
+    if any(word in name for word in ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")):
+        return "matrix products"
+    return "other kernels"
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans."""
+    total, reach = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return total
+
+
+def peak_memory() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def ceiling(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What this machine can do: bf16 matrix products on random numbers, and copies (bytes read and written)."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device, size, dtype = ("cuda", 8192, torch.bfloat16) if cuda else ("cpu", 256, torch.float32)
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    products = 2 * size**3 / _seconds(lambda: one @ other)
+    source = torch.empty(8 << 30 if cuda else 1 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / _seconds(lambda: target.copy_(source))
+    return {"matmul_tflops": round(products / 1e12, 3), "copy_gb_per_s": round(copied / 1e9, 1)}
+
+
+def _seconds(do: Any, number: int = 20) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(5):
+        do()
+    wait()
+    start = time.perf_counter()
+    for _ in range(number):
+        do()
+    wait()
+    return (time.perf_counter() - start) / number
+
+
+def materials(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The random 7B, unless it is there, and the ceilings."""
+    from material import make_model
+
+    model = Path(options["model"])
+    if not (model / "config.json").exists():
+        make_model(model, Path(options["tokenizer"]), options["layers"], options["hidden"])
+    return {"ceiling": ceiling(folder, options), "machine": describe()}
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the packages."""
+    import os
+    import subprocess
+    from importlib.metadata import version
+
+    import torch
+
+    cuda = torch.cuda.is_available()
+    ask = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    names = ["torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel"]
+    return {
+        "gpu": subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() if cuda else None,
+        "cpus": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in names if importlib.util.find_spec(name.split("-")[0] + ("_kernel" if "liger" in name else ""))},
+    }
+
+
+# ---- DPO
+
+
+def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """TRL's own DPOTrainer, and nothing of prefbuild, for the first steps of the run.
+
+    Options: steps, batch, accumulation, quantised, second (a second model as reference), checkpointing, liger, optim.
+    Rows are tokenised already, so that all arms have the same tokens.
+    """
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    padded: list[int] = []
+
+    class Tokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
+            return dataset
+
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+            padded.append(inputs["input_ids"].numel())
+            return super().compute_loss(model, inputs, *arguments, **named)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_named: Any) -> None:
+            control.should_training_stop = state.global_step >= options["steps"]
+
+    train = recipe("neuralhermes").train
+    cuda = torch.cuda.is_available()
+    set_seed(SEED)
+
+    def load() -> Any:
+        more: dict[str, Any] = {"device_map": {"": 0}} if cuda else {}
+        if options["quantised"]:
+            more["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        return AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16 if cuda else None, **more)
+
+    started = time.time()
+    trainer = Tokenized(
+        model=load(),
+        ref_model=load() if options["second"] else None,
+        args=DPOConfig(
+            output_dir=str(folder / "work"),
+            per_device_train_batch_size=options["batch"],
+            gradient_accumulation_steps=options["accumulation"],
+            gradient_checkpointing=options["checkpointing"],
+            learning_rate=train.learning_rate,
+            lr_scheduler_type=train.lr_scheduler_type,
+            warmup_steps=train.warmup_steps,
+            max_steps=options["max_steps"],
+            optim=options["optim"],
+            beta=train.beta,
+            max_length=1536,
+            bf16=cuda,
+            use_cpu=not cuda,
+            use_liger_kernel=options["liger"],
+            seed=SEED,
+            data_seed=SEED,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(read_ids(folder)),
+        processing_class=AutoTokenizer.from_pretrained(options["model"]),
+        peft_config=LoraConfig(**train.lora.model_dump(), bias="none", task_type="CAUSAL_LM"),
+        callbacks=[Stop()],
+    )
+    with Steps() as steps:
+        trainer.train()
+    a_step = options["accumulation"]
+    return {
+        "load_s": round(steps.first - started, 1),
+        "seconds": steps.seconds(),
+        "losses": [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry],
+        "padded_tokens": [sum(padded[start : start + a_step]) for start in range(0, len(padded), a_step)],
+        "peak_memory": peak_memory(),
+    }
+
+
+def dpo_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The article's settings but in bf16, as prefbuild's packed engine takes them."""
+    train = recipe("neuralhermes").train.model_dump(mode="json", by_alias=True)
+    steps = options["max_steps"]
+    return train | {
+        "engine": "packed",
+        "quantization": None,
+        "gradient_checkpointing": False,
+        "precision": options["precision"],
+        "optim": options["optim"],
+        "deterministic": options["deterministic"],
+        "max_steps": steps,
+        "warmup_steps": min(train["warmup_steps"], steps // 2),
+        "save_steps": max(50, steps // 4),
+    }
+
+
+def reference(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Reference log-probabilities of the rows that a run of ours uses, kept for its training."""
+    from prefbuild.stages import reference as stage
+
+    started = time.time()
+    settings = {"train": dpo_settings(options), "seed": SEED}
+    inputs = {"model": Path(options["model"]), "prepared": folder / "prepared"}
+    stage.run(settings, inputs, {"reference": folder / "reference"}, folder / "work-reference", "speed")
+    return {"stage_s": round(time.time() - started, 1), "peak_memory": peak_memory()}
+
+
+def ours_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """All steps of the run, by prefbuild's packed engine."""
+    from prefbuild.artifact import sha256_file
+
+    settings = dpo_settings(options)
+    found = train("dpo", settings, folder, options, reference_log_probs=folder / "reference")
+    adapter = folder / options["name"] / "adapter/adapter_model.safetensors"
+    return found | {"adapter_sha256": sha256_file(adapter), "adapter_mb": round(adapter.stat().st_size / 1e6)}
+
+
+def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Train as the train stage does; returns times, losses and memory."""
+    from prefbuild.methods import METHODS
+    from prefbuild.stages.report import read_curve
+    from prefbuild.training import Run, trainer
+
+    out = folder / options["name"]
+    run = Run(
+        name=options["name"],
+        seed=SEED,
+        base={"name": "random", "revision": "0"},
+        model=Path(options["model"]),
+        prepared=folder / ("prepared" if method == "dpo" else "prompts"),
+        trained=out / "adapter",
+        live=out / "live",
+        work=out / "work",
+        **more,
+    )
+    started = time.time()
+    with Steps(options.get("profiled") and range(*options["profiled"])) as steps:
+        metrics = trainer(method)(METHODS[method].model_validate(settings), run)
+    ended = time.time()
+    return {
+        "load_s": round(steps.first - started, 1),
+        "seconds": steps.seconds(),
+        "train_s": round(ended - started, 1),
+        "losses": [round(loss, 5) for _, loss in read_curve(out / "live/plots/metrics/train/loss.tsv")],
+        "peak_memory": peak_memory(),
+        "metrics": metrics,
+        **({"parts": steps.parts()} if steps.profile else {}),
+    }
+
+
+# ---- GRPO
+
+
+def grpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """GRPO of the course's settings. Options: engine (hf: TRL's own generation), steps, tokens (of a completion)."""
+    settings = recipe("smolgrpo").train.model_dump(mode="json", by_alias=True) | {
+        "rollout": {"engine": options["engine"]},
+        "num_train_epochs": None,
+        "max_steps": options["steps"],
+        "save_steps": options["steps"],
+        "max_completion_length": options["tokens"],
+        "optim": options["optim"],
+        "precision": options["precision"],
+        "deterministic": False,
+    }
+    return train("grpo", settings, folder, options | {"model": str(folder / "smollm")})
+
+
+# ---- shared
+
+
+def recipe(name: str) -> Any:
+    """A headline recipe, of the project's own."""
+    from prefbuild.recipe import load_defaults, load_recipe
+
+    return load_recipe(ROOT / f"recipes/headline/{name}.yaml", load_defaults(ROOT / "params.yaml"))
+
+
+def read_ids(folder: Path) -> list[dict[str, list[int]]]:
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    with open(folder / "prepared/train.jsonl", encoding="utf-8") as file:
+        return [{key: row[key] for key in keys} for row in map(json.loads, file)]
+
+
+ARMS = {"materials": materials, "trl_dpo": trl_dpo, "reference": reference, "ours_dpo": ours_dpo, "grpo": grpo}
+
+
+def run_arm(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None:
+    """Run an arm and write what it found; an arm that has too little memory says so."""
+    import torch
+
+    with contextlib.suppress(FileNotFoundError):
+        out.unlink()
+    try:
+        found = ARMS[arm](folder, options)
+    except torch.OutOfMemoryError as error:
+        found = {"failed": str(error).splitlines()[0]}
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_arm(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
