@@ -6,12 +6,13 @@ Every step ends with an event on the GPU, which nothing waits for; times are dif
 that happens between two steps. The first step and the second, which warm up, are in no time of a step.
 """
 
-import contextlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ SEED = 42
 
 
 class Steps:
-    """When the optimizer's steps ended, whichever library takes them; with a profile of `profiled` of them."""
+    """When the optimizer's steps ended, whichever library takes them.
+
+    `profiled` says which steps' kernels are looked at, which takes a GPU: range(5, 7) is what lies between the ends of
+    step 5 and step 7.
+    """
 
     def __init__(self, profiled: range | None = None) -> None:
         self.marks: list[Any] = []
@@ -56,13 +61,19 @@ class Steps:
         if len(self.marks) == 1:
             self.synchronize()
             self.first = time.time()
-        if self.profiled is not None and len(self.marks) == self.profiled.start:
-            self.synchronize()
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            self.profile = torch.profiler.profile(activities=activities if self.cuda else None)
+        if self.profiled is not None and len(self.marks) in (self.profiled.start, self.profiled.stop):
+            self.toggle_profile()
+
+    def toggle_profile(self) -> None:
+        import torch
+
+        self.synchronize()
+        if self.profile is None:
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profile.start()
-        elif self.profiled is not None and len(self.marks) == self.profiled.stop:
-            self.synchronize()
+            self.wall = -time.perf_counter()
+        else:
+            self.wall += time.perf_counter()
             self.profile.stop()
 
     def synchronize(self) -> None:
@@ -89,9 +100,7 @@ class Steps:
                 continue
             parts[kind(event.name)] += event.time_range.elapsed_us() / 1e6 / number
             busy.append((event.time_range.start, event.time_range.end))
-        first, last = self.profiled.start, self.profiled.stop  # type: ignore[union-attr]
-        wall = sum(self.seconds()[first - 1 : last - 1]) / number
-        return {**parts, "idle": max(0.0, wall - covered(busy) / 1e6 / number)}
+        return {**parts, "idle": max(0.0, self.wall - covered(busy) / 1e6) / number}
 
 
 def kind(kernel: str) -> str:
@@ -161,10 +170,6 @@ def materials(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def describe() -> dict[str, Any]:
     """The machine and the packages."""
-    import os
-    import subprocess
-    from importlib.metadata import version
-
     import torch
 
     cuda = torch.cuda.is_available()
@@ -175,7 +180,9 @@ def describe() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "python": sys.version.split()[0],
         "cuda": torch.version.cuda,
-        "packages": {name: version(name) for name in names if importlib.util.find_spec(name.split("-")[0] + ("_kernel" if "liger" in name else ""))},
+        "packages": {
+            name: metadata.version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))
+        },
     }
 
 
@@ -375,8 +382,6 @@ def run_arm(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None:
     """Run an arm and write what it found; an arm that has too little memory says so."""
     import torch
 
-    with contextlib.suppress(FileNotFoundError):
-        out.unlink()
     try:
         found = ARMS[arm](folder, options)
     except torch.OutOfMemoryError as error:
