@@ -24,6 +24,7 @@ BNB_OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")  # 
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses in which TRL 1.16 uses label_smoothing
 # The losses that TRL lets measure distance in other ways than reverse KL.
 F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+Engine = Literal["packed", "trl"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"]
 
@@ -199,6 +200,17 @@ class DPO(TrainOptions):
         default="reverse_kl", description="How distance from the reference is measured (f-DPO, arXiv 2309.16240)."
     )
     f_alpha_divergence_coef: float = Field(default=0.5, description="Alpha of alpha_divergence.")
+    engine: Engine | None = Field(
+        default=None,
+        description="What trains. packed: prefbuild's own loop, where pairs lie side by side without padding and a "
+        "prompt is computed once. trl: TRL's DPOTrainer. Default: packed where it can; see docs/speed.md.",
+    )
+
+    @model_validator(mode="after")
+    def _packed_applies(self) -> "DPO":
+        if self.engine == "packed" and (reason := why_not_packed(self)):
+            raise Wrong("engine", f"is packed, {reason}, or write engine: trl")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "DPO":
@@ -540,6 +552,27 @@ def train_metrics(train: Any) -> tuple[str, ...]:
     return *TRAIN_METRICS[train.method], *rewards
 
 
+def why_not_packed(train: DPO, strategy: str | None = None) -> str | None:
+    """What of these settings the packed engine has not, and what to change; None where it can train them.
+
+    `strategy` is compute.strategy. Where it can, its loss is TRL's to rounding.
+    """
+    if train.use_weighting:
+        return "which has no weights by how likely the model finds a pair; leave out use_weighting"
+    if not train.disable_dropout and train.lora.lora_dropout > 0:
+        return "which computes without dropout; leave out disable_dropout: false"
+    if strategy in ("fsdp", "zero3"):
+        return f"which needs all weights on each GPU, and compute.strategy is {strategy}; write strategy: ddp"
+    return None
+
+
+def with_engine(train: Any, strategy: str | None) -> Any:
+    """The same settings with the engine that trains them, where a method has more than one."""
+    if not isinstance(train, DPO) or train.engine is not None:
+        return train
+    return train.model_copy(update={"engine": "trl" if why_not_packed(train, strategy) else "packed"})
+
+
 def reference_recipe(train: Any) -> str | None:
     """The recipe whose model is the reference; None where that is the base, or there is none."""
     reference = train.reference if isinstance(train, DPO | KTO) else None
@@ -547,7 +580,10 @@ def reference_recipe(train: Any) -> str | None:
 
 
 def train_settings(train: Any) -> dict[str, Any]:
-    """What stage train is told of `train:`: nothing that says nothing, so that sections keep their bytes."""
+    """What stage train is told of `train:`: nothing that says nothing, so that sections keep their bytes.
+
+    Its engine must have been chosen, by with_engine: none is TRL's.
+    """
     told: dict[str, Any] = train.model_dump(mode="json", by_alias=True)
     if train.use_peft:
         del told["use_peft"]
@@ -555,6 +591,8 @@ def train_settings(train: Any) -> dict[str, Any]:
         del told["lora"], told["quantization"]
     if train.method == "kto" and train.reference == "base":
         del told["reference"]
+    if train.method == "dpo" and train.engine != "packed":
+        del told["engine"]
     return told
 
 

@@ -33,6 +33,7 @@ from prefbuild.methods import (
     reference_recipe,
     split_batch,
     train_metrics,
+    why_not_packed,
 )
 from prefbuild.rewards.schema import ModelReward
 from prefbuild.rows import reasons
@@ -685,6 +686,8 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         yield ("compute", wrong.key), str(wrong)
     if compute.strategy in (None, "ddp"):
         return
+    if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
+        yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
     if not train.use_peft:
         yield (
             ("compute", "strategy"),

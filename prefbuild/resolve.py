@@ -16,7 +16,14 @@ from typing import Any
 from prefbuild import lock as locks
 from prefbuild.artifact import canonical_json, merged_folder, write_atomic
 from prefbuild.errors import LockError, UsageError
-from prefbuild.methods import reference_recipe, reward_columns, reward_files, reward_models, train_settings
+from prefbuild.methods import (
+    reference_recipe,
+    reward_columns,
+    reward_files,
+    reward_models,
+    train_settings,
+    with_engine,
+)
 from prefbuild.recipe import (
     Compute,
     Defaults,
@@ -347,12 +354,12 @@ def _recipe_sections(
 
 def _reference(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     """What stage train is told of `train:`, and the reference it reads where that is not the base."""
-    train, other = train_settings(recipe.train), reference_recipe(recipe.train)
+    train, other = with_engine(recipe.train, recipe.compute.strategy), reference_recipe(recipe.train)
     if other is None:
-        return train, {}
+        return train_settings(train), {}
     if recipe.base.source == "recipe" and recipe.base.recipe == other:
-        return train_settings(recipe.train.model_copy(update={"reference": "base"})), {}
-    return train, {"reference": merged_folder(other)}
+        return train_settings(train.model_copy(update={"reference": "base"})), {}
+    return train_settings(train), {"reference": merged_folder(other)}
 
 
 def _report_section(project: Project) -> Section:

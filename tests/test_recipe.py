@@ -1357,6 +1357,12 @@ def test_what_cannot_be_spread_over_gpus_is_said_at_its_key(strategy: str) -> No
     assert "train.optim: is paged_adamw_32bit, bitsandbytes' own" in optim
     X.write_text(text.replace(strategy, "ddp"))
     assert load_recipes(Path())["x"].compute.gpus == 2
+    X.write_text(text.replace(both, "  engine: packed\n"))
+    (engine,) = problems()
+    assert (
+        f"train.engine: is packed, which needs all weights on each GPU, and compute.strategy is {strategy}; "
+        "write strategy: ddp, or write engine: trl" in engine
+    )
     X.write_text(text.replace(both, "  use_peft: false\n"))
     (whole,) = problems()
     assert f"compute.strategy: is {strategy}, which trains adapters alone here; write ddp" in whole

@@ -145,6 +145,18 @@ def test_sections_say_of_adapter_and_reference_what_there_is_to_say(project: Pat
     assert sections["first"]["promote"]["settings"]["promote"]["adapter"] is True
 
 
+def test_the_section_names_the_engine_where_it_is_ours_and_else_keeps_its_bytes(project: Path) -> None:
+    assert section(project, "train")["settings"]["train"]["engine"] == "packed"
+    trl = RECIPE.replace("method: dpo", "method: dpo\n  engine: trl")
+    (project / "recipes/first.yaml").write_text(trl)
+    by_trl = section(project, "train")["settings"]["train"]
+    assert "engine" not in by_trl
+    (project / "recipes/first.yaml").write_text(RECIPE + "compute: {gpus: 2, strategy: fsdp}\n")
+    assert section(project, "train")["settings"]["train"] == by_trl
+    (project / "recipes/first.yaml").write_text(RECIPE.replace("method: dpo", "method: orpo"))
+    assert "engine" not in section(project, "train")["settings"]["train"]
+
+
 def test_unchanged_files_are_not_written_again(project: Path) -> None:
     resolved = resolve(load_project(project))
     assert write_resolved(project, resolved)

@@ -27,6 +27,7 @@ class Run:
     base: dict[str, str]  # what an adapter's config calls the base: {"name", "revision"}
     model: Path  # the base's checkpoint
     reference: Path | None = None  # the reference's checkpoint, where that is not the base
+    log_probs: Path | None = None  # what the reference says to the rows, where stage reference left it
     prepared: Path  # the rows, as stage prepare left them
     trained: Path  # where the adapter goes, or all weights
     live: Path  # where DVCLive's curves go

@@ -11,8 +11,12 @@ import os
 import platform
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+# Read when datasets is imported, as transformers' Trainer does: one bar is enough.
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -87,14 +91,12 @@ def trainer_arguments(config: Any, settings: TrainOptions, *, run: Run, bf16: bo
 def set_up(settings: TrainOptions, seed: int) -> bool:
     """Seeds, determinism, and whether to compute in bf16, which is returned."""
     import torch
-    from datasets import disable_progress_bars
     from transformers import set_seed
 
     torch.use_deterministic_algorithms(settings.deterministic)
     # Costs time only: no kernel used here reads memory that it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_seed(seed)
-    disable_progress_bars()
     return use_bf16(settings.precision)
 
 
@@ -236,10 +238,7 @@ def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
 
 def machine() -> dict[str, str]:
     """What the bytes depend on besides the recipe: the same values here promise the same adapter or weights."""
-    import peft
     import torch
-    import transformers
-    import trl
 
     cuda = torch.cuda.is_available()
     image = {"image": os.environ["PREFBUILD_IMAGE"]} if "PREFBUILD_IMAGE" in os.environ else {}
@@ -253,9 +252,7 @@ def machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-        "peft": peft.__version__,
+        **{name: version(name) for name in ("transformers", "trl", "peft")},  # asked for without importing them
     }
 
 

@@ -21,9 +21,14 @@ def num_ranks() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
 
 
+def number() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if is_rank() else 0
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and is heard."""
-    return not is_rank() or os.environ["RANK"] == "0"
+    return number() == 0
 
 
 def strategy() -> str | None:
@@ -59,6 +64,30 @@ def total(number: int) -> int:
     found: list[Any] = [None] * num_ranks()
     torch.distributed.all_gather_object(found, number)
     return sum(found)
+
+
+def add_up(tensor: Any) -> None:
+    """Replace a tensor by the sum of all ranks' tensors."""
+    if is_rank():
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor)
+
+
+def sum_gradients(model: Any) -> None:
+    """Replace the gradients of what is trained by their sums over all ranks, in one exchange."""
+    if not is_rank():
+        return
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:  # this rank had no part in the step
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in trained])
+    add_up(flat)
+    for parameter, part in zip(trained, flat.split([one.numel() for one in trained]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
 
 
 def leave() -> None:

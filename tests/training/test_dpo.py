@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from trained import run_in
 
 from prefbuild.errors import StageError
-from prefbuild.methods import DPO, StopRule
+from prefbuild.methods import DPO, StopRule, train_settings, with_engine
 from prefbuild.strict import Wrong
 from prefbuild.template import load_tokenizer, render_prompt
 from prefbuild.training import trainer
@@ -207,6 +207,15 @@ def test_what_the_first_step_must_show(
             "f_alpha_divergence_coef: says nothing without f_divergence_type: alpha_div",
         ),
         ({"ld_alpha": 1.5}, "ld_alpha"),
+        (
+            {"engine": "packed", "use_weighting": True},
+            "engine: is packed, which has no weights by how likely the model finds a pair; leave out use_weighting, or "
+            "write engine: trl",
+        ),
+        (
+            {"engine": "packed", "disable_dropout": False, "lora": {"lora_dropout": 0.1}},
+            "engine: is packed, which computes without dropout; leave out disable_dropout: false, or write engine: trl",
+        ),
         ({"warmup_steps": 1.5}, "warmup_steps: is 1.5; give whole steps without a point, or a fraction of all below 1"),
         ({"stop_if": [{"metric": "loss"}]}, "stops nothing; give below or above"),
         ({"stop_if": [{"metric": "loss", "below": 2.0, "above": 1.0}]}, "stops every run; swap them"),
@@ -221,6 +230,30 @@ def test_settings_that_trl_would_ignore_or_refuse_late_are_errors(settings: dict
     wrong = error.get("ctx", {}).get("error")
     where = wrong.key if isinstance(wrong, Wrong) else ".".join(map(str, error["loc"]))
     assert said in f"{where}: {error['msg'].removeprefix('Value error, ')}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "engine"),
+    [
+        ({}, None, "packed"),
+        ({}, "ddp", "packed"),
+        ({}, "fsdp", "trl"),
+        ({}, "zero3", "trl"),
+        ({"engine": "trl"}, None, "trl"),
+        ({"engine": "packed"}, None, "packed"),
+        ({"use_weighting": True}, None, "trl"),
+        ({"lora": {"lora_dropout": 0.1}}, None, "packed"),
+        ({"disable_dropout": False}, None, "packed"),
+        ({"disable_dropout": False, "lora": {"lora_dropout": 0.1}}, None, "trl"),
+        ({"use_peft": False, "loss_type": ["aot"]}, None, "packed"),
+    ],
+)
+def test_the_packed_engine_is_the_default_where_it_applies(
+    settings: dict[str, Any], strategy: str | None, engine: str
+) -> None:
+    chosen = with_engine(DPO.model_validate({"method": "dpo", **settings}), strategy)
+    assert chosen.engine == engine
+    assert train_settings(chosen).get("engine") == ("packed" if engine == "packed" else None)
 
 
 # ---- runs that are ended early
