@@ -17,10 +17,8 @@ In GRPO the end-of-turn token is one that the model can't write, so that all arm
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -58,8 +56,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/speed-h200.json")
     asked = parser.parse_args()
     if asked.quick:
-        asked.steps, asked.max_steps, asked.grpo_steps = 3, 4, 3
-    asked.model = asked.model or asked.folder / "7b"
+        asked.steps, asked.max_steps, asked.grpo_steps, asked.tuned = 3, 4, 3, ["4x4"]
+    asked.folder, asked.tokenizer = asked.folder.resolve(), asked.tokenizer.resolve()
+    asked.model = asked.model.resolve() if asked.model else asked.folder / "7b"
     found = compare(asked)
     print(speed_table.table(found))
     return int(any("failed" in arm for part in ("dpo", "grpo") for arm in found[part]["arms"].values()))
@@ -144,7 +143,9 @@ def prepare_pairs(asked: argparse.Namespace) -> dict[str, Any]:
     There are not enough real ones, so they come again with another first token: the same lengths, and no reference
     log-probability is known before.
     """
-    pairs = read_pairs(asked.tokenizer, asked.rows, 256 if asked.quick else 1536, 1024)
+    pairs = read_pairs(asked.tokenizer, asked.rows, 1536, 1024)
+    if asked.quick:
+        pairs = [{key: ids[-8:] for key, ids in row.items() if key.endswith("_ids")} for row in pairs[:32]]
     rows = []
     for place in range(A_STEP * asked.max_steps):
         copy, row = place // len(pairs), pairs[place % len(pairs)]
@@ -160,6 +161,8 @@ def prepare_prompts(asked: argparse.Namespace) -> dict[str, Any]:
     """Write the prompts and the model of the GRPO arms; returns the prompts' number and mean length in tokens."""
     make_smollm(asked)
     prompts = read_prompts(asked.tokenizer, asked.prompts, 512)
+    if asked.quick:
+        prompts = [row | {"prompt_ids": row["prompt_ids"][-8:]} for row in prompts[:8]]
     write_rows(asked.folder / "prompts", prompts, [])
     mean = statistics.fmean(len(row["prompt_ids"]) for row in prompts)
     return {"prompts": len(prompts), "mean_tokens": round(mean, 1), "completion_tokens": 8 if asked.quick else 96}
@@ -186,43 +189,15 @@ def make_smollm(asked: argparse.Namespace) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
     tokenizer.save_pretrained(folder)
-    config.eos_token_id = tokenizer.eos_token_id
+    config.eos_token_id = None  # transformers warns of one that is no output
     config.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends))
 
 
-# ---- running arms
-
-
 def run(asked: argparse.Namespace, name: str, arm: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Run an arm in a process of its own; `wall_s` is all of that process, from its start to its end."""
-    print(f"{name} ...", file=sys.stderr, flush=True)
-    out, options = asked.folder / f"{name}.json", options | {"name": name}
-    shutil.rmtree(asked.folder / name, ignore_errors=True)
-    started = time.monotonic()
-    if asked.quick:
-        speed_arms.run_arm(arm, asked.folder, options, out)  # imports take longer than all else
-    else:
-        argv = [sys.executable, speed_arms.__file__, arm, str(asked.folder), json.dumps(options), str(out)]
-        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-        with open(asked.folder / f"{name}.log", "w") as log:
-            done = subprocess.run(argv, env={**os.environ, **quiet}, stdout=log, stderr=log)
-        if done.returncode:
-            last = (asked.folder / f"{name}.log").read_text(errors="replace")[-3000:]
-            print(last, file=sys.stderr, flush=True)
-            return {"failed": f"exit code {done.returncode}: {last.strip().splitlines()[-1:]}"}
-    found = json.loads(out.read_text())
-    found["wall_s"] = round(time.monotonic() - started, 1)
-    timed = found.get("seconds", [])[WARM_UP - 1 :]
-    print(
-        f"{name}: {found['wall_s']} s"
-        + (f", {statistics.fmean(timed):.3f} s a step" if timed else "")
-        + (f", {found['failed']}" if "failed" in found else ""),
-        file=sys.stderr,
-        flush=True,
-    )
-    return found
+    """Run an arm; in this process with --quick, where imports take longer than all else."""
+    return speed_arms.run(asked.folder, name, arm, options, alone=not asked.quick)
 
 
 def keep(asked: argparse.Namespace, found: dict[str, Any]) -> None:

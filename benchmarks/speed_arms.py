@@ -6,9 +6,11 @@ Every step ends with an event on the GPU, which nothing waits for; times are dif
 that happens between two steps. The first step and the second, which warm up, are in no time of a step.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -162,9 +164,14 @@ def materials(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The random 7B, unless it is there, and the ceilings."""
     from material import make_model
 
+    from prefbuild.artifact import digest_of, write_json, write_manifest
+
     model = Path(options["model"])
-    if not (model / "config.json").exists():
+    if not (model / "manifest.json").exists():
         make_model(model, Path(options["tokenizer"]), options["layers"], options["hidden"])
+        # Names the model to stage reference. Of no files: to hash 15 GB of random numbers takes a quarter of a minute.
+        write_json(model / "manifest.json", {"digest": digest_of({}), "files": {}})
+    write_manifest(folder / "prepared", stage="prepare", name="speed", inputs={})
     return {"ceiling": ceiling(folder, options), "machine": describe()}
 
 
@@ -198,7 +205,14 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        PrinterCallback,
+        TrainerCallback,
+        set_seed,
+    )
     from trl import DPOConfig, DPOTrainer
 
     padded: list[int] = []
@@ -225,7 +239,9 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             more["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-        return AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16 if cuda else None, **more)
+        return AutoModelForCausalLM.from_pretrained(
+            options["model"], dtype=torch.bfloat16 if cuda else torch.float32, **more
+        )
 
     started = time.time()
     trainer = Tokenized(
@@ -258,6 +274,7 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         peft_config=LoraConfig(**train.lora.model_dump(), bias="none", task_type="CAUSAL_LM"),
         callbacks=[Stop()],
     )
+    trainer.remove_callback(PrinterCallback)
     with Steps() as steps:
         trainer.train()
     a_step = options["accumulation"]
@@ -288,13 +305,13 @@ def dpo_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Reference log-probabilities of the rows that a run of ours uses, kept for its training."""
+    """Stage reference: the log-probabilities of the rows that a run of ours uses, for its training."""
     from prefbuild.stages import reference as stage
 
     started = time.time()
     settings = {"train": dpo_settings(options), "seed": SEED}
     inputs = {"model": Path(options["model"]), "prepared": folder / "prepared"}
-    stage.run(settings, inputs, {"reference": folder / "reference"}, folder / "work-reference", "speed")
+    stage.run(settings, inputs, {"reference_log_probs": folder / "reference"}, folder / "work", "speed")
     return {"stage_s": round(time.time() - started, 1), "peak_memory": peak_memory()}
 
 
@@ -302,10 +319,14 @@ def ours_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """All steps of the run, by prefbuild's packed engine."""
     from prefbuild.artifact import sha256_file
 
-    settings = dpo_settings(options)
-    found = train("dpo", settings, folder, options, reference_log_probs=folder / "reference")
+    found = train("dpo", dpo_settings(options), folder, options, log_probs=folder / "reference")
     adapter = folder / options["name"] / "adapter/adapter_model.safetensors"
-    return found | {"adapter_sha256": sha256_file(adapter), "adapter_mb": round(adapter.stat().st_size / 1e6)}
+    return found | {"adapter_sha256": sha256_file(adapter)}
+
+
+def any_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """DPO by prefbuild with the settings of `options`; what curves.py compares."""
+    return train("dpo", options["train"], folder, options)
 
 
 def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -315,6 +336,7 @@ def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str
     from prefbuild.training import Run, trainer
 
     out = folder / options["name"]
+    curves = out / "live/plots/metrics/train"
     run = Run(
         name=options["name"],
         seed=SEED,
@@ -334,7 +356,7 @@ def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str
         "load_s": round(steps.first - started, 1),
         "seconds": steps.seconds(),
         "train_s": round(ended - started, 1),
-        "losses": [round(loss, 5) for _, loss in read_curve(out / "live/plots/metrics/train/loss.tsv")],
+        "losses": [round(loss, 5) for _, loss in read_curve(curves / "loss.tsv")],
         "peak_memory": peak_memory(),
         "metrics": metrics,
         **({"parts": steps.parts()} if steps.profile else {}),
@@ -375,11 +397,46 @@ def read_ids(folder: Path) -> list[dict[str, list[int]]]:
         return [{key: row[key] for key in keys} for row in map(json.loads, file)]
 
 
-ARMS = {"materials": materials, "trl_dpo": trl_dpo, "reference": reference, "ours_dpo": ours_dpo, "grpo": grpo}
+ARMS = {
+    "materials": materials,
+    "trl_dpo": trl_dpo,
+    "reference": reference,
+    "ours_dpo": ours_dpo,
+    "any_dpo": any_dpo,
+    "grpo": grpo,
+}
 
 
-def run_arm(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None:
-    """Run an arm and write what it found; an arm that has too little memory says so."""
+def run(folder: Path, name: str, arm: str, options: dict[str, Any], alone: bool = True) -> dict[str, Any]:
+    """Run an arm in a process of its own (unless `alone` is false) in `folder`; returns what it found.
+
+    `wall_s` is all of that process, from its start to its end. An arm that fails has `failed`, and its output is shown.
+    """
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    out, options = folder / f"{name}.json", options | {"name": name}
+    out.unlink(missing_ok=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    started = time.monotonic()
+    if alone:
+        argv = [sys.executable, str(Path(__file__).resolve()), arm, str(folder), json.dumps(options), str(out)]
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        with open(folder / f"{name}.log", "w") as log:
+            done = subprocess.run(argv, env={**os.environ, **quiet}, cwd=folder, stdout=log, stderr=log)
+        if done.returncode:
+            said = (folder / f"{name}.log").read_text(errors="replace")[-3000:]
+            print(said, file=sys.stderr, flush=True)
+            return {"failed": f"exit code {done.returncode}: {said.strip().splitlines()[-1]}"}
+    else:
+        with contextlib.chdir(folder):
+            run_here(arm, folder, options, out)
+    found: dict[str, Any] = json.loads(out.read_text())
+    found["wall_s"] = round(time.monotonic() - started, 1)
+    print(f"{name}: {found['wall_s']} s {found.get('failed', '')}", file=sys.stderr, flush=True)
+    return found
+
+
+def run_here(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None:
+    """Run an arm and write what it found; one that has too little memory says so."""
     import torch
 
     try:
@@ -390,4 +447,4 @@ def run_arm(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_arm(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
+    run_here(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
