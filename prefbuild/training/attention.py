@@ -84,9 +84,9 @@ class Gather(torch.autograd.Function):
         if segments.uses is None:
             raise NotImplementedError("groups of different numbers of completions are for scoring alone")
         out = gradient.index_select(0, segments.own)
-        num_prompt, num_uses = segments.uses.shape
-        used = gradient.index_select(0, segments.uses.reshape(-1)).view(num_prompt, num_uses, *gradient.shape[1:])
-        whole = out.index_select(0, segments.prompts).float() + used.float().sum(1)
+        whole = out.index_select(0, segments.prompts).float()
+        for use in segments.uses.unbind(1):
+            whole += gradient.index_select(0, use)
         return out.index_copy_(0, segments.prompts, whole.to(out.dtype)), None
 
 

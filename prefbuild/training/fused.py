@@ -3,37 +3,51 @@
 What is not known to give the same result is left as it is: adapters with dropout or DoRA, quantised layers, heads.
 """
 
-import types
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 
 class FusedLora(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T, for a frozen W. Saves x and x A^T: PEFT's own saves y's parts too, and adds them
-    in further kernels."""
+    """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers that read the same x, with W_i frozen.
+
+    The adapter's part is written first and the layer's own product added onto it as it is computed, so that no output
+    is read again; gradients of x are added up the same way. Saved are x and x A^T alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> Any:
-        # x [T, in], weight [out, in], a [r, in], b [out, r]; in x's number format, adapters are kept in float32.
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        weight = weight.to(x.dtype)
-        down = x @ a.t()
-        ctx.save_for_backward(x, down, weight, a, b)
-        ctx.scale = scale
-        return linear(x, weight, bias).addmm_(down, b.t(), alpha=scale)
+    def forward(ctx: Any, x: Any, scales: tuple[float, ...], *layers: Any) -> tuple[Any, ...]:
+        # x [T, in]; then weight [out, in], bias [out] or None, A [r, in] and B [out, r] of every layer. All in x's
+        # number format here; adapters are kept in float32.
+        weights, biases = [weight.to(x.dtype) for weight in layers[0::4]], layers[1::4]
+        a = torch.cat(layers[2::4]).to(x.dtype)  # [sum of r, in]
+        bs = [(b * scale).to(x.dtype) for b, scale in zip(layers[3::4], scales, strict=True)]
+        ctx.ranks = [b.shape[1] for b in bs]
+        ctx.scales = scales
+        down = x @ a.t()  # [T, sum of r]
+        outs = []
+        for part, b, weight, bias in zip(down.split(ctx.ranks, 1), bs, weights, biases, strict=True):
+            out = (part @ b.t()).addmm_(x, weight.t())
+            outs.append(out if bias is None else out.add_(bias))
+        ctx.save_for_backward(x, down, a, *bs, *weights)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
-        x, down, weight, a, b = ctx.saved_tensors
-        back = (gradient @ b).mul_(ctx.scale)  # [T, r]
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        x, down, a, *rest = ctx.saved_tensors
+        bs, weights = rest[: len(gradients)], rest[len(gradients) :]
+        back = torch.cat([gradient @ b for gradient, b in zip(gradients, bs, strict=True)], 1)  # [T, sum of r]
         into_x = None
         if ctx.needs_input_grad[0]:
-            into_x = (gradient @ weight).addmm_(back, a)
-        into_a = (back.t() @ x).float()
-        into_b = (gradient.t() @ down).float().mul_(ctx.scale)
-        return into_x, None, None, into_a, into_b, None
+            into_x = back @ a
+            for gradient, weight in zip(gradients, weights, strict=True):
+                into_x.addmm_(gradient, weight)
+        of_a = (back.t() @ x).float().split(ctx.ranks)
+        into = []
+        for gradient, part, scale, into_a in zip(gradients, down.split(ctx.ranks, 1), ctx.scales, of_a, strict=True):
+            into += [None, None, into_a, (gradient.t() @ part).float().mul_(scale)]
+        return into_x, None, *into
 
 
 def fuse(model: Any) -> list[str]:
@@ -46,16 +60,65 @@ def fuse(model: Any) -> list[str]:
     return done
 
 
+# Layers that read the same tensor, one after the other, by the names of transformers' models.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def fuse_lora(model: Any) -> int:
     """Replace the forward of PEFT's LoRA layers, where that is plain LoRA on a plain linear layer; how many."""
     from peft.tuners.lora import Linear
 
-    number = 0
-    for layer in model.modules():
-        if type(layer) is Linear and _plain(layer):
-            layer.forward = types.MethodType(_forward, layer)
-            number += 1
-    return number
+    plain = {name: layer for name, layer in model.named_modules() if type(layer) is Linear and _plain(layer)}
+    groups: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
+    for name, layer in plain.items():
+        parent, _, last = name.rpartition(".")
+        names = next((names for names in TOGETHER if last in names), (last,))
+        groups.setdefault((parent, names), []).append(layer)
+    for layers in groups.values():
+        group = Group(layers)
+        for layer in layers:
+            layer.forward = partial(group.forward, layer)
+    return len(plain)
+
+
+class Group:
+    """LoRA layers that are called with the same tensor: the first call computes them all."""
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self.x: Any = None
+        self.outs: dict[int, Any] = {}  # of layers that are not called yet, by id
+
+    def forward(self, layer: Any, x: Any, *_arguments: Any, **_named: Any) -> Any:
+        """What a layer's own forward gives."""
+        if layer.disable_adapters or layer.merged:
+            return layer.base_layer(x)
+        if self.x is not x or id(layer) not in self.outs:
+            self.x, self.outs = x, dict(zip(map(id, self.layers), _together(self.layers, x), strict=True))
+        out = self.outs.pop(id(layer))
+        if not self.outs:
+            self.x = None  # kept no longer than needed
+        return out
+
+
+def _together(layers: list[Any], x: Any) -> list[Any]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    name = "default"
+    parts = [
+        part
+        for layer in layers
+        for part in (
+            layer.base_layer.weight,
+            layer.base_layer.bias,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+        )
+    ]
+    with torch.autocast(device, enabled=False):
+        outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), tuple(layer.scaling[name] for layer in layers), *parts)
+    return [out.view(*x.shape[:-1], -1) for out in outs]
 
 
 def _plain(layer: Any) -> bool:
@@ -68,19 +131,6 @@ def _plain(layer: Any) -> bool:
         and not getattr(layer.lora_dropout[name], "p", 0.0)
         and not layer.base_layer.weight.requires_grad
     )
-
-
-def _forward(layer: Any, x: Any, *arguments: Any, **named: Any) -> Any:
-    base = layer.base_layer
-    if layer.disable_adapters or layer.merged:
-        return base(x)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        out = FusedLora.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling["default"])
-    return out.view(*x.shape[:-1], -1)
 
 
 def on_gpu(model: Any) -> bool:
