@@ -7,17 +7,17 @@ how far that is from the first says how much of a difference is noise. Writes th
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import speed_arms
-from material import read_pairs, write_rows
+from material import read_pairs, shortened, write_result, write_rows
 
 from prefbuild.report.pictures import Panel, figure, line_chart
 from prefbuild.stages.report import read_curve
 
 ROOT = Path(__file__).resolve().parent.parent
+A_STEP = 16  # pairs
 RUNS = {"packed": ("packed", 4, 4), "TRL": ("trl", 4, 4), "TRL, other batches": ("trl", 8, 2)}
 CURVES = {
     "loss": "Loss",
@@ -35,21 +35,25 @@ def main() -> None:
         "--rows", type=Path, required=True, help="preference pairs as JSON lines; every tenth is held out"
     )
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
-    parser.add_argument("--max-length", type=int, default=1536, help="longer pairs are left out; default: 1536 tokens")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="default: auto")
+    parser.add_argument("--quick", action="store_true", help="try it on a CPU, with texts of 8 tokens")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/curves-h200.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/speed-curves.svg")
     asked = parser.parse_args()
     folder = asked.folder.resolve()
-    pairs = read_pairs(asked.model, asked.rows, asked.max_length, 1024)
+    pairs = read_pairs(asked.model, asked.rows, 1536, 1024)
+    if asked.quick:
+        pairs = shortened(pairs)
     held_out = pairs[9::10]
-    write_rows(folder / "prepared", [pair for place, pair in enumerate(pairs) if place % 10 != 9], held_out)
-    found: dict[str, Any] = {"steps": asked.steps, "rows": len(pairs), "held_out_rows": len(held_out), "runs": {}}
+    train = [pair for place, pair in enumerate(pairs) if place % 10 != 9]
+    # Whole steps: in a last, smaller one pairs weigh by how micro-batches are cut.
+    train = train[: len(train) // A_STEP * A_STEP]
+    write_rows(folder / "prepared", train, held_out)
+    found: dict[str, Any] = {"steps": asked.steps, "rows": len(train), "held_out_rows": len(held_out), "runs": {}}
     for name, (engine, batch, accumulation) in RUNS.items():
         found["runs"][name] = one(folder, asked, engine, batch, accumulation)
     found["from_trl"] = {name: apart(found["runs"]["TRL"], found["runs"][name]) for name in RUNS if name != "TRL"}
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(asked.out, found)
     asked.picture.write_text(picture(found["runs"]), encoding="utf-8")
     for name, far in found["from_trl"].items():
         print(f"{name} against TRL: " + ", ".join(f"{what} {value:.2g}" for what, value in far.items()))

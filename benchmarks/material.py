@@ -1,6 +1,7 @@
 """What benchmarks run on: random models of a known shape, and rows as the prepare stage leaves them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,25 @@ def read_prompts(tokenizer: Path, path: Path, max_prompt_length: int) -> list[An
     return prompts
 
 
+def shortened(rows: list[Any]) -> list[Any]:
+    """A few rows with the last tokens of each text, to try a benchmark with."""
+    ends = [{key: ids[-8:] for key, ids in row.items() if key.endswith("_ids")} for row in rows[:30]]
+    return [row | end for row, end in zip(rows, ends, strict=False)]
+
+
 def write_rows(folder: Path, train: list[Any], held_out: list[Any]) -> None:
     """Rows as the prepare stage leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("held_out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_result(path: Path, found: dict[str, Any]) -> None:
+    """What a benchmark found as JSON, a list of numbers a line."""
+    text = json.dumps(found, indent=1)
+    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _lines(path: Path) -> list[Any]:

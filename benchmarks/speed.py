@@ -26,7 +26,7 @@ from typing import Any
 
 import speed_arms
 import speed_table
-from material import read_pairs, read_prompts, write_rows
+from material import read_pairs, read_prompts, shortened, write_result, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 A_STEP = 16  # pairs, as 4 x 4 in the article
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="preference pairs as JSON lines")
     parser.add_argument("--prompts", type=Path, required=True, help="prompts as JSON lines")
     parser.add_argument("--model", type=Path, help="where the 7B is, or is made; default: FOLDER/7b")
+    parser.add_argument("--layers", type=int, default=32, help="of the 7B; default: 32, fewer for a trial")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
     parser.add_argument("--tuned", nargs="+", default=TUNED, help="TRL's micro-batches; default: 4x4 8x2")
     parser.add_argument("--steps", type=int, default=6, help="of TRL's arms; default: 6, of which 2 warm up")
@@ -69,7 +70,7 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     shared = {
         "model": str(asked.model),
         "tokenizer": str(asked.tokenizer),
-        "layers": 2 if asked.quick else 32,
+        "layers": 2 if asked.quick else asked.layers,
         "hidden": 128 if asked.quick else 4096,
         "max_steps": asked.max_steps,
         "optim": "adamw_torch" if asked.quick else "adamw_torch_fused",
@@ -145,7 +146,7 @@ def prepare_pairs(asked: argparse.Namespace) -> dict[str, Any]:
     """
     pairs = read_pairs(asked.tokenizer, asked.rows, 1536, 1024)
     if asked.quick:
-        pairs = [{key: ids[-8:] for key, ids in row.items() if key.endswith("_ids")} for row in pairs[:32]]
+        pairs = shortened(pairs)
     rows = []
     for place in range(A_STEP * asked.max_steps):
         copy, row = place // len(pairs), pairs[place % len(pairs)]
@@ -162,7 +163,7 @@ def prepare_prompts(asked: argparse.Namespace) -> dict[str, Any]:
     make_smollm(asked)
     prompts = read_prompts(asked.tokenizer, asked.prompts, 512)
     if asked.quick:
-        prompts = [row | {"prompt_ids": row["prompt_ids"][-8:]} for row in prompts[:8]]
+        prompts = shortened(prompts)
     write_rows(asked.folder / "prompts", prompts, [])
     mean = statistics.fmean(len(row["prompt_ids"]) for row in prompts)
     return {"prompts": len(prompts), "mean_tokens": round(mean, 1), "completion_tokens": 8 if asked.quick else 96}
@@ -204,8 +205,7 @@ def keep(asked: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write what is known by now."""
     found["seconds"] = round(time.monotonic() - asked.started, 1)
     speed_table.summarise(found, WARM_UP)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(asked.out, found)
 
 
 if __name__ == "__main__":
