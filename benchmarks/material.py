@@ -90,7 +90,9 @@ def write_rows(folder: Path, train: list[Any], held_out: list[Any]) -> None:
 def write_result(path: Path, found: dict[str, Any]) -> None:
     """What a benchmark found as JSON, a list of numbers a line."""
     text = json.dumps(found, indent=1)
-    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    text = re.sub(
+        r"\[[\s\d.,eE+-]*\]", lambda numbers: "[" + ", ".join(re.split(r"[\s,\[\]]+", numbers[0])[1:-1]) + "]", text
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
 
