@@ -10,7 +10,8 @@ FOLDER is a new folder with 20 GB to spare, best in memory (/dev/shm). The 7B is
 once at --model. --tokenizer is a checkpoint folder whose chat template is ChatML; GRPO trains its weights, or random ones
 of its shape where it has none. --rows are pairs of Intel/orca_dpo_pairs, of which copies that differ in one token make
 up the run's 3,200; --prompts are posts of mlabonne/smoltldr. --profile trains a few steps more of ours, and says where a
-step's time goes. --quick tries everything in a minute on a CPU, with a tiny model, and measures nothing worth reading.
+step's time goes. `--arms ours deterministic` trains twice with deterministic: true too, and compares the adapters.
+--quick tries everything in half a minute on a CPU, with tiny models and texts, and measures nothing worth reading.
 
 In GRPO the end-of-turn token is one that the model can't write, so that all arms write every completion to its full length.
 """
@@ -34,6 +35,7 @@ WARM_UP = 2  # steps that are in no time
 # What TRL is tried with, besides bf16, no checkpointing and one model: pairs of a micro-batch x micro-batches of a step.
 TUNED = ("4x4", "8x2")
 ARMS = ("article", "tuned", "ours", "grpo-hf", "grpo-graph")
+TWICE = 20  # steps of the arm `deterministic`
 
 
 def main() -> int:
@@ -44,14 +46,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="prompts as JSON lines")
     parser.add_argument("--model", type=Path, help="where the 7B is, or is made; default: FOLDER/7b")
     parser.add_argument("--layers", type=int, default=32, help="of the 7B; default: 32, fewer for a trial")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
+    parser.add_argument(
+        "--arms", nargs="+", choices=(*ARMS, "deterministic"), default=ARMS, help=f"default: {' '.join(ARMS)}"
+    )
     parser.add_argument("--tuned", nargs="+", default=TUNED, help="TRL's micro-batches; default: 4x4 8x2")
     parser.add_argument("--steps", type=int, default=6, help="of TRL's arms; default: 6, of which 2 warm up")
     parser.add_argument("--max-steps", type=int, default=200, help="of ours in DPO; default: 200")
     parser.add_argument("--grpo-steps", type=int, default=62, help="of ours in GRPO; default: 62, of which 2 warm up")
-    parser.add_argument(
-        "--deterministic", action="store_true", help="ours with deterministic: true, as recipes have it"
-    )
     parser.add_argument("--profile", action="store_true", help="say where a step's time goes; half a minute more")
     parser.add_argument("--quick", action="store_true", help="try it on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/speed-h200.json")
@@ -71,16 +72,18 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         "model": str(asked.model),
         "tokenizer": str(asked.tokenizer),
         "layers": 2 if asked.quick else asked.layers,
-        "hidden": 128 if asked.quick else 4096,
+        "hidden": 64 if asked.quick else 4096,
         "max_steps": asked.max_steps,
         "optim": "adamw_torch" if asked.quick else "adamw_torch_fused",
         "precision": "float32" if asked.quick else "bf16",
-        "deterministic": asked.deterministic,
+        "deterministic": False,
         "tokens": 8 if asked.quick else 96,
     }
     asked.folder.mkdir(parents=True, exist_ok=True)
     asked.started = time.monotonic()
-    found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])}
+    # Of paths the names alone: where things were on some machine is of no use on another.
+    said = [word if word.startswith("-") else word.rstrip("/").rpartition("/")[2] for word in sys.argv[1:]]
+    found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/speed.py", *said])}
     found |= {"dpo": {"rows": prepare_pairs(asked), "arms": {}}, "grpo": {"rows": prepare_prompts(asked), "arms": {}}}
     found |= run(asked, "materials", "materials", shared)
     found["dpo"]["shape"] = json.loads((asked.model / "config.json").read_text())
@@ -103,6 +106,11 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         if asked.profile and "failed" not in dpo["ours"]:
             few = shared | {"max_steps": 8, "profiled": (5, 7)}
             dpo["ours"]["parts"] = run(asked, "ours-profile", "ours_dpo", few).get("parts")
+        keep(asked, found)
+    if "deterministic" in asked.arms:
+        few = shared | {"max_steps": TWICE, "deterministic": True}
+        one, other = (run(asked, f"deterministic-{number}", "ours_dpo", few) for number in (1, 2))
+        dpo["deterministic"] = one | {"again_sha256": other.get("adapter_sha256")}
         keep(asked, found)
     for engine, steps in (("hf", asked.steps), ("graph", asked.grpo_steps)):
         if f"grpo-{engine}" not in asked.arms:

@@ -2,8 +2,7 @@
 
     python benchmarks/speed_arms.py ARM FOLDER OPTIONS_AS_JSON RESULT
 
-Every step ends with an event on the GPU, which nothing waits for; times are differences of those, so that they hold all
-that happens between two steps. The first step and the second, which warm up, are in no time of a step.
+speed.py and curves.py start them, with `run`.
 """
 
 import contextlib
@@ -21,109 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from steps import Steps  # noqa: E402
+
 SEED = 42
 
 
-# ---- what is measured
-
-
-class Steps:
-    """When the optimizer's steps ended, whichever library takes them.
-
-    `profiled` says which steps' kernels are looked at, which takes a GPU: range(5, 7) is what lies between the ends of
-    step 5 and step 7.
-    """
-
-    def __init__(self, profiled: range | None = None) -> None:
-        self.marks: list[Any] = []
-        self.first = 0.0  # time.time() of the end of step 1
-        self.profiled = profiled
-        self.profile: Any = None
-
-    def __enter__(self) -> "Steps":
-        import torch
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
-        self.cuda = torch.cuda.is_available()
-        self.hook = register_optimizer_step_post_hook(lambda *_: self.ended())
-        return self
-
-    def __exit__(self, *_error: Any) -> None:
-        self.hook.remove()
-
-    def ended(self) -> None:
-        import torch
-
-        if not self.cuda:
-            self.marks.append(time.perf_counter())
-        elif not torch.cuda.is_current_stream_capturing():
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        if len(self.marks) == 1:
-            self.synchronize()
-            self.first = time.time()
-        if self.profiled is not None and len(self.marks) in (self.profiled.start, self.profiled.stop):
-            self.toggle_profile()
-
-    def toggle_profile(self) -> None:
-        import torch
-
-        self.synchronize()
-        if self.profile is None:
-            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            self.profile.start()
-            self.wall = -time.perf_counter()
-        else:
-            self.wall += time.perf_counter()
-            self.profile.stop()
-
-    def synchronize(self) -> None:
-        import torch
-
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self) -> list[float]:
-        """Of each step from the second on."""
-        self.synchronize()
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        return [round(a.elapsed_time(b) / 1000 if self.cuda else b - a, 5) for a, b in pairs]
-
-    def parts(self) -> dict[str, float]:
-        """Where the GPU's time of a profiled step went, in seconds: by kind of kernel, and idle."""
-        import torch
-
-        parts = dict.fromkeys(("matrix products", "attention", "other kernels", "copies"), 0.0)
-        number = len(self.profiled or ())
-        busy = []
-        for event in self.profile.events():
-            if event.device_type != torch.autograd.DeviceType.CUDA:
-                continue
-            parts[kind(event.name)] += event.time_range.elapsed_us() / 1e6 / number
-            busy.append((event.time_range.start, event.time_range.end))
-        return {**parts, "idle": max(0.0, self.wall - covered(busy) / 1e6) / number}
-
-
-def kind(kernel: str) -> str:
-    """What a kernel of this name does. FlashAttention's are built on cutlass too, so attention is asked for first."""
-    name = kernel.lower()
-    if "memcpy" in name or "memset" in name:
-        return "copies"
-    if any(word in name for word in ("flash", "fmha", "attention", "attn")):
-        return "attention"
-    if any(word in name for word in ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")):
-        return "matrix products"
-    return "other kernels"
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of spans."""
-    total, reach = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reach))
-        reach = max(reach, end)
-    return total
+# ---- the machine
 
 
 def peak_memory() -> int:
@@ -254,7 +156,7 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             gradient_checkpointing=options["checkpointing"],
             learning_rate=train.learning_rate,
             lr_scheduler_type=train.lr_scheduler_type,
-            warmup_steps=train.warmup_steps,
+            warmup_steps=warmup(options),
             max_steps=options["max_steps"],
             optim=options["optim"],
             beta=train.beta,
@@ -290,7 +192,6 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 def dpo_settings(options: dict[str, Any]) -> dict[str, Any]:
     """The article's settings but in bf16, as prefbuild's packed engine takes them."""
     train = recipe("neuralhermes").train.model_dump(mode="json", by_alias=True)
-    steps = options["max_steps"]
     return train | {
         "engine": "packed",
         "quantization": None,
@@ -298,10 +199,15 @@ def dpo_settings(options: dict[str, Any]) -> dict[str, Any]:
         "precision": options["precision"],
         "optim": options["optim"],
         "deterministic": options["deterministic"],
-        "max_steps": steps,
-        "warmup_steps": min(train["warmup_steps"], steps // 2),
-        "save_steps": max(50, steps // 4),
+        "max_steps": options["max_steps"],
+        "warmup_steps": warmup(options),
+        "save_steps": 50,
     }
+
+
+def warmup(options: dict[str, Any]) -> int:
+    """Half of the run, as in the article."""
+    return options["max_steps"] // 2
 
 
 def reference(folder: Path, options: dict[str, Any]) -> dict[str, Any]:

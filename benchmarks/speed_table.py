@@ -63,7 +63,8 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
     for name, arm in arms.items():
         if "step_s" in arm:
             # Ours has its reference log-probabilities from a stage of their own; TRL computes them in each step.
-            arm["share_of_ceiling"] = round(flops[2 if name == "ours" else 3] / arm["step_s"] / peak, 4)
+            passes = 2 if name in ("ours", "deterministic") else 3
+            arm["share_of_ceiling"] = round(flops[passes] / arm["step_s"] / peak, 4)
         if "padded_tokens" in arm:
             arm["padded_tokens_a_step"] = round(statistics.fmean(arm["padded_tokens"]))
     dpo["ratios"] = {}
@@ -73,6 +74,12 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
     ours["total_s"] = round(ours["reference"]["wall_s"] + ours["wall_s"], 1)
     ours["total_with_cached_reference_s"] = ours["wall_s"]
     ours["reference_a_step_s"] = round(ours["reference"]["wall_s"] / (len(ours["seconds"]) + 1), 4)
+    if "step_s" in (strict := arms.get("deterministic", {})):
+        timed = slice(warm_up - 1, len(strict["seconds"]))
+        dpo["deterministic"] = {
+            "one_digest": strict["adapter_sha256"] == strict["again_sha256"],
+            "cost": round(sum(strict["seconds"][timed]) / sum(ours["seconds"][timed]) - 1, 4),
+        }
     for name in ("article", "tuned"):
         if "step_s" in (other := arms.get(name, {})):
             number = len(other["seconds"])
@@ -130,7 +137,12 @@ def dpo_lines(dpo: dict[str, Any]) -> list[str]:
         f"DPO, {PAIRS} pairs a step: {once} tokens with each prompt once, {twice} with it twice",
         f"{'arm':24} {'s a step':>9} {f'{STEPS} steps':>10} {'of ceiling':>11} {'peak GiB':>9} {'tokens a step':>14}",
     ]
-    names = {"article": "the article's settings", "tuned": "TRL's best", "ours": "ours"}
+    names = {
+        "article": "the article's settings",
+        "tuned": "TRL's best",
+        "ours": "ours",
+        "deterministic": "ours, deterministic",
+    }
     for name, arm in dpo["arms"].items():
         title = names[name] + (f", {arm['micro_batches']}" if "micro_batches" in arm else "")
         if "step_s" not in arm:
@@ -160,6 +172,9 @@ def dpo_lines(dpo: dict[str, Any]) -> list[str]:
             f"with the log-probabilities there already: {ours['wall_s']} s",
             f"the arithmetic alone, at the ceiling: {number * floors[0]:.1f} s and {number * floors[1]:.1f} s",
         ]
+    if "deterministic" in dpo:
+        same = "gave one adapter" if dpo["deterministic"]["one_digest"] else "GAVE TWO DIFFERENT ADAPTERS"
+        lines.append(f"two runs with deterministic: true {same}; it costs {dpo['deterministic']['cost']:.1%}")
     if ours.get("parts"):
         floor = dpo["a_step"]["floor_without_reference_s"]
         lines.append(f"what keeps it from the floor of {floor:.3f} s: " + parts(ours["parts"]))
