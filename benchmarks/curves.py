@@ -74,7 +74,9 @@ def one(folder: Path, asked: argparse.Namespace, engine: str, batch: int, accumu
         "deterministic": False,
     }
     name = f"{engine}-{batch}x{accumulation}"
-    found = speed_arms.run(folder, name, "any_dpo", {"train": train, "model": str(asked.model.resolve())})
+    found = speed_arms.run(
+        folder, name, "any_dpo", {"train": train, "model": str(asked.model.resolve())}, alone=not asked.quick
+    )
     if "failed" in found:
         raise SystemExit(f"{name}: {found['failed']}")
     where = folder / name / "live/plots/metrics/train"
