@@ -75,7 +75,7 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
     ours["total_with_cached_reference_s"] = ours["wall_s"]
     ours["reference_a_step_s"] = round(ours["reference"]["wall_s"] / (len(ours["seconds"]) + 1), 4)
     if "step_s" in (strict := arms.get("deterministic", {})):
-        timed = slice(warm_up - 1, len(strict["seconds"]))
+        timed = slice(warm_up - 1, min(len(strict["seconds"]), len(ours["seconds"])))
         dpo["deterministic"] = {
             "one_digest": strict["adapter_sha256"] == strict["again_sha256"],
             "cost": round(sum(strict["seconds"][timed]) / sum(ours["seconds"][timed]) - 1, 4),

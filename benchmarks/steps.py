@@ -91,9 +91,9 @@ def kind(kernel: str) -> str:
     name = kernel.lower()
     if "memcpy" in name or "memset" in name:
         return "copies"
-    if any(word in name for word in ("flash", "fmha", "attention", "attn")):
+    if any(word in name for word in ("flash", "fmha", "attention", "attn", "attend")):
         return "attention"
-    if any(word in name for word in ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")):
+    if any(word in name for word in ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "linear")):
         return "matrix products"
     return "other kernels"
 
