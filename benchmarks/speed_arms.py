@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from steps import Steps  # noqa: E402
 
 SEED = 42
+LOGGED = {"losses": "loss", "chosen_log_probs": "logps/chosen"}  # the second tells which rows a step had
 
 
 # ---- the machine
@@ -180,10 +181,11 @@ def trl_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     with Steps() as steps:
         trainer.train()
     a_step = options["accumulation"]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "load_s": round(steps.first - started, 1),
         "seconds": steps.seconds(),
-        "losses": [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry],
+        **{name: [round(entry[key], 5) for entry in logged] for name, key in LOGGED.items()},
         "padded_tokens": [sum(padded[start : start + a_step]) for start in range(0, len(padded), a_step)],
         "peak_memory": peak_memory(),
     }
@@ -262,7 +264,11 @@ def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str
         "load_s": round(steps.first - started, 1),
         "seconds": steps.seconds(),
         "train_s": round(ended - started, 1),
-        "losses": [round(loss, 5) for _, loss in read_curve(curves / "loss.tsv")],
+        **{
+            name: [round(value, 5) for _, value in read_curve(curves / f"{key}.tsv")]
+            for name, key in LOGGED.items()
+            if (curves / f"{key}.tsv").exists()
+        },
         "peak_memory": peak_memory(),
         "metrics": metrics,
         **({"parts": steps.parts()} if steps.profile else {}),

@@ -90,8 +90,9 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
                 "same_steps": round(took / same, 2),
                 "same_steps_reference_counted": round(took / (same + timed * ours["reference_a_step_s"]), 2),
                 "mean_of_all_steps": round(other["step_s"] / ours["step_s"], 2),
-                "largest_difference_of_a_loss": max(
-                    (abs(a - b) for a, b in zip(other["losses"], ours["losses"], strict=False)), default=None
+                "losses_differ_by": max(abs(a - b) for a, b in zip(other["losses"], ours["losses"], strict=False)),
+                "chosen_log_probs_differ_by": max(
+                    abs(a / b - 1) for a, b in zip(other["chosen_log_probs"], ours["chosen_log_probs"], strict=False)
                 ),
             }
 
@@ -160,7 +161,8 @@ def dpo_lines(dpo: dict[str, Any]) -> list[str]:
         lines.append(
             f"a step of ours is {ratio['same_steps']} times as fast as with {names[name]} on the same steps "
             f"({ratio['same_steps_reference_counted']} with its reference pass counted); "
-            f"losses are at most {ratio['largest_difference_of_a_loss']:.2g} apart"
+            f"of the same rows: chosen answers' log-probabilities are at most {ratio['chosen_log_probs_differ_by']:.2g} of "
+            f"themselves apart, losses {ratio['losses_differ_by']:.2g}"
         )
     ours = dpo["arms"].get("ours", {})
     if "total_s" in ours:

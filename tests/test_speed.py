@@ -38,9 +38,10 @@ def test_all_arms_train_on_the_same_rows_in_the_same_order(smollm2: Path, real_d
     assert str(tmp_path) not in out.read_text()  # a committed result names no folder of the machine it came from
     dpo, grpo = found["dpo"]["arms"], found["grpo"]["arms"]
     assert (list(dpo), list(grpo)) == (["article", "tuned", "ours"], ["hf", "graph"])
-    # Losses differ from row to row once a step has been taken; the first two are ln 2.
     for arm in ("article", "tuned"):
         assert dpo[arm]["losses"] == pytest.approx(dpo["ours"]["losses"][:3], abs=2e-5)
+        assert dpo[arm]["chosen_log_probs"] == pytest.approx(dpo["ours"]["chosen_log_probs"][:3], rel=1e-4)
+    assert len(set(dpo["ours"]["chosen_log_probs"])) == 4  # so steps had other rows each
     assert len(dpo["ours"]["seconds"]) == 3 and len(dpo["ours"]["losses"]) == 4
     assert dpo["ours"]["total_s"] > dpo["ours"]["total_with_cached_reference_s"]
     for arm in grpo.values():
