@@ -282,7 +282,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("stage", _stage, "run one stage (what DVC calls)", "prefbuild stage train smollm2-concise")
     sub.add_argument(
-        "stage", metavar="STAGE", help="model, data, prepare, train, merge, evaluate, baseline, gate or report"
+        "stage",
+        metavar="STAGE",
+        help="model, data, prepare, reference, train, merge, evaluate, baseline, gate or report",
     )
     sub.add_argument(
         "name", metavar="NAME", nargs="?", default="report", help="the recipe, or the shared model, data or baseline"

@@ -45,9 +45,9 @@ def attend(
     """Attention of every segment's queries to its keys; [1, T, heads, head], as AttentionInterface has it."""
     _refuse(module, segments, dropout, others)
     assert segments is not None
-    keys = Gather.apply(key[0].transpose(0, 1), segments)
-    values = Gather.apply(value[0].transpose(0, 1), segments)
-    queries = query[0].transpose(0, 1)
+    keys = Gather.apply(key.squeeze(0).transpose(0, 1), segments)
+    values = Gather.apply(value.squeeze(0).transpose(0, 1), segments)
+    queries = query.squeeze(0).transpose(0, 1)
     if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16):
         out = _varlen(queries, keys, values, segments, scaling)
     else:
@@ -108,7 +108,7 @@ def _varlen(query: Any, key: Any, value: Any, segments: Segments, scaling: float
 
 
 @cache
-def _gqa() -> dict[str, bool]:
+def _gqa() -> dict[str, Any]:
     """torch 2.11 shares key heads among query heads by itself; later versions want to be told."""
     from torch.nn.attention.varlen import varlen_attn
 
