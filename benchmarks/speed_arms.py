@@ -258,7 +258,7 @@ def train(method: str, settings: dict[str, Any], folder: Path, options: dict[str
     )
     started = time.time()
     with Steps(options.get("profiled") and range(*options["profiled"])) as steps:
-        metrics = trainer(method)(METHODS[method].model_validate(settings), run)
+        metrics = trainer(method, settings.get("engine"))(METHODS[method].model_validate(settings), run)
     ended = time.time()
     return {
         "load_s": round(steps.first - started, 1),
