@@ -58,8 +58,8 @@ def walk_less(model: Any, settings: PromptOptions) -> None:
             parameter.grad = None
 
     model.train, model.zero_grad = train_unless_it_does, zero_grad
-    if not settings.gradient_checkpointing:
-        model.is_gradient_checkpointing = False
+    if settings.use_peft and not settings.gradient_checkpointing:
+        model.is_gradient_checkpointing = False  # PEFT's wrapper would ask every module
 
 
 def with_graphs(trainer_class: Any) -> Any:
