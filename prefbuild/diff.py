@@ -25,7 +25,7 @@ from prefbuild.resolve import RESOLVED
 from prefbuild.yamlfile import printable, show
 
 HERE = "working tree"
-STAGES = ("prepare", "train", "merge", "evaluate", "gate", "promote")
+STAGES = ("prepare", "reference", "train", "merge", "evaluate", "gate", "promote")
 # As a recipe spells them; of the others the stage's name comes first.
 SPELLED = ("data", "train", "merge", "gates", "promote", "base", "seed", "description")
 ABSENT = object()
@@ -289,8 +289,8 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
     for stage in STAGES:
         section = sections.get(stage, {"settings": {}})
         for key, value in section["settings"].items():
-            if stage == "gate" and key != "gates":
-                continue  # evaluate's, again
+            if stage == "reference" or (stage == "gate" and key != "gates"):
+                continue  # train's and evaluate's, again
             # evaluate's seed is its own, the same for all recipes.
             spelled = key in SPELLED and (stage, key) != ("evaluate", "seed")
             name = "evaluate.tasks" if key == "measurements" else key if spelled else f"{stage}.{key}"

@@ -28,6 +28,8 @@ from prefbuild.errors import StageError
 
 RULES = ("min", "max", "min_delta", "max_drop")
 METRICS = ("prepare", "train", "merge", "evaluate")
+# Another recipe's model as the reference, and what the reference says to the rows, where a build has them.
+REFERENCE = ("reference", "reference_log_probs")
 # Two sums of the same numbers in another order; far below what any metric can resolve.
 SUM_TOLERANCE = 1e-9
 # 0.8 - 0.7 is not 0.1 in binary: a rule is not failed over the last bit of a number.
@@ -41,8 +43,7 @@ def trained_role(known: Any) -> str:
 
 def folders(inputs: dict[str, Any]) -> tuple[str, ...]:
     """The roles of the folders that a verdict rests on."""
-    reference = ("reference",) if "reference" in inputs else ()
-    roles = ("prepared", trained_role(inputs), "merged", "samples", "base_model", "baseline", *reference)
+    roles = ("prepared", trained_role(inputs), "merged", "samples", "base_model", "baseline", *REFERENCE)
     return tuple(role for role in roles if role in inputs)  # a reward model has no samples and baseline
 
 
@@ -170,7 +171,13 @@ def _read(build: _Build) -> dict[str, str | None]:
 def _check_chain(build: _Build) -> None:
     """Every artifact was made from the one before it, and is this recipe's."""
     trained = trained_role(build.inputs)
-    for role, stage in (("prepared", "prepare"), (trained, "train"), ("merged", "merge"), ("samples", "evaluate")):
+    for role, stage in (
+        ("prepared", "prepare"),
+        ("reference_log_probs", "reference"),
+        (trained, "train"),
+        ("merged", "merge"),
+        ("samples", "evaluate"),
+    ):
         manifest = build.manifests.get(role)
         if manifest is not None and (manifest.get("stage"), manifest.get("name")) != (stage, build.name):
             made = f"{manifest.get('stage')} of {manifest.get('name')}"
@@ -180,6 +187,10 @@ def _check_chain(build: _Build) -> None:
         (trained, "prepared", "prepared"),
         (trained, "base_model", "model"),
         (trained, "reference", "reference"),
+        (trained, "reference_log_probs", "reference_log_probs"),
+        ("reference_log_probs", "prepared", "prepared"),
+        ("reference_log_probs", "base_model", "model"),
+        ("reference_log_probs", "reference", "reference"),
         ("merged", trained, trained),
         ("merged", "base_model", "model"),
         ("samples", "merged", "model"),

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import digest_of, input_digest, list_special, read_json
+from prefbuild.dvc_state import tell_dvc
 from prefbuild.errors import StageError, UsageError
 from prefbuild.resolve import STAGE_VERSIONS, Section, resolved_path
 from prefbuild.track import TRACKING
 
 NETWORK_STAGES = {"model", "data"}
 WORK = "build/.work"
+# Of stages that keep results for each other, the folder below WORK.
+CACHES = {"evaluate": "evaluations", "baseline": "evaluations", "reference": "references"}
 # Every library a stage loads is told that there is no hub, and nothing it counts may leave the machine.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -116,7 +119,7 @@ def make_job(stage: str, name: str) -> Job:
     env |= {"PREFBUILD_WORK": str(work), "PREFBUILD_GPUS": str(section["gpus"])}
     if section["gpus"] and compute["gpu_memory"]:
         env["PREFBUILD_GPU_MEMORY"] = str(compute["gpu_memory"])
-    caches = [Path(WORK, "evaluations")] if stage in ("evaluate", "baseline") else []
+    caches = [Path(WORK, folder)] if (folder := CACHES.get(stage)) else []
     if stage == "train" and (report_to := compute.get("report_to")):
         caches = [Path(TRACKING, name)]
         env |= {"PREFBUILD_REPORT_TO": ",".join(report_to), "PREFBUILD_TRACKING": str(caches[0])}
@@ -152,6 +155,7 @@ def run_job(job: Job, run: Runner) -> int:
         code = run(job)
         if code == 0:
             refuse_special(job.outputs)
+            tell_dvc(job.outputs, job.work)
             shutil.rmtree(job.work.parent, ignore_errors=True)
     return code
 

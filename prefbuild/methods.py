@@ -631,11 +631,28 @@ def train_settings(train: Any) -> dict[str, Any]:
     return told
 
 
+def reference_settings(train: Any, seed: int) -> dict[str, Any]:
+    """What stage reference is told of DPO's settings: what its numbers depend on, and which rows a run uses.
+
+    Nothing of rows where a run uses all, as a whole epoch does.
+    """
+    told: dict[str, Any] = {"precision": train.precision, "deterministic": train.deterministic}
+    if train.quantization is not None:
+        told["quantization"] = train.quantization
+    if not train.use_peft:
+        told["use_peft"] = False
+    if train.max_steps is None and (train.num_train_epochs or 1.0) >= 1:
+        return {"train": told}
+    length = "num_train_epochs" if train.max_steps is None else "max_steps"
+    rows_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return {"train": {**told, length: getattr(train, length), "per_device_train_batch_size": rows_a_step}, "seed": seed}
+
+
 def needs_bitsandbytes(train: dict[str, Any] | None) -> bool:
     """Whether a resolved `train:` has its weights or its optimizer from bitsandbytes. A stage without one has neither."""
     if train is None:
         return False
-    return train.get("quantization") is not None or train["optim"] in BNB_OPTIMIZERS
+    return train.get("quantization") is not None or train.get("optim") in BNB_OPTIMIZERS
 
 
 def reward_columns(train: Any) -> list[str]:

@@ -15,7 +15,7 @@ from prefbuild.errors import GraphError
 from prefbuild.resolve import RESOLVED, Project, Resolved, Section, resolve
 
 HEADER = "# Written by `prefbuild sync` from recipes/. Edit a recipe, not this file.\n"
-RECIPE_STAGES = ("prepare", "train", "merge", "evaluate", "gate")
+RECIPE_STAGES = ("prepare", "reference", "train", "merge", "evaluate", "gate")
 METRICS = {"metrics", "live"}
 PLOTS: dict[str, dict[str, str]] = {
     "lengths": {"x": "tokens", "y": "rows"},
@@ -59,7 +59,7 @@ def nodes(resolved: Resolved) -> list[Node]:
                 found.append(
                     Node(stage=stage, name=Path(path).stem, resolved=path, section=section, compute=sections["compute"])
                 )
-    order = ["model", "data", "prepare", "train", "merge", "evaluate", "baseline", "gate", "report"]
+    order = ["model", "data", "prepare", "reference", "train", "merge", "evaluate", "baseline", "gate", "report"]
     return sorted(found, key=lambda node: (node.name if node.stage in RECIPE_STAGES else "", order.index(node.stage)))
 
 

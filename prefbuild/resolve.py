@@ -18,6 +18,7 @@ from prefbuild.artifact import canonical_json, merged_folder, write_atomic
 from prefbuild.errors import LockError, UsageError
 from prefbuild.methods import (
     reference_recipe,
+    reference_settings,
     reward_columns,
     reward_files,
     reward_models,
@@ -43,15 +44,16 @@ STAGE_VERSIONS = {
     "model": 1,
     "data": 1,
     "prepare": 1,
+    "reference": 1,
     "train": 1,
     "merge": 1,
-    "evaluate": 1,
-    "baseline": 1,
+    "evaluate": 2,
+    "baseline": 2,
     "gate": 1,
     "report": 1,
     "promote": 1,
 }
-GPU_STAGES = {"train", "merge", "evaluate", "baseline"}
+GPU_STAGES = {"reference", "train", "merge", "evaluate", "baseline"}
 SHARED_STAGES = {"model": "models", "data": "data", "baseline": "baselines"}
 RESOLVED = "build/.resolved"
 # lm-evaluation-harness' own default. Not the recipe's seed, so that recipes with other seeds share a baseline.
@@ -269,6 +271,8 @@ def _recipe_sections(
     # `adapter`, or all weights as they were trained.
     trained = "adapter" if recipe.train.use_peft else "trained"
     train, reference_inputs = _reference(recipe)
+    # Of the packed engine, which computes them once: a stage of its own.
+    log_probs = {"reference_log_probs": f"{out}/reference"} if train.get("engine") == "packed" else {}
     rivals = sorted({gate.against for gate in recipe.gates} - {"base", name})
     judged: dict[str, Any] = {
         "prepare": f"{out}/prepare.json",
@@ -283,6 +287,7 @@ def _recipe_sections(
         "baseline": f"build/baselines/{base_id}",
         "others": [f"build/{rival}/evaluate" for rival in rivals],
         **reference_inputs,
+        **log_probs,
     }
     if judges:
         judged["reward_models"] = reward_inputs["reward_models"]
@@ -299,7 +304,7 @@ def _recipe_sections(
         ),
         "train": _section(
             "train",
-            inputs={"model": model, "prepared": judged["prepared"], **reward_inputs, **reference_inputs},
+            inputs={"model": model, "prepared": judged["prepared"], **reward_inputs, **reference_inputs, **log_probs},
             outputs={
                 trained: judged[trained],
                 "metrics": judged["train"],
@@ -327,6 +332,13 @@ def _recipe_sections(
             others={rival: f"build/{rival}/evaluate" for rival in rivals},
         ),
     }
+    if log_probs:
+        sections["reference"] = _section(
+            "reference",
+            inputs={"model": model, "prepared": judged["prepared"], **reference_inputs},
+            outputs=log_probs,
+            **reference_settings(recipe.train, recipe.seed),
+        )
     if recipe.evaluate is not None:
         sections["evaluate"] = _section(
             "evaluate",

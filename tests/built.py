@@ -138,12 +138,17 @@ def make(root: Path) -> None:
         "truncated": {"chosen": 3, "rejected": 0}, "end_of_turn_lost": {"chosen": 0, "rejected": 0},
     })  # fmt: skip
 
+    write(root / "build/x/reference/rows.jsonl", jsonl([{"file": "train.jsonl", "row": i} for i in range(8)]))
+    prepared = digest(root, "build/x/prepared")
+    write_manifest(
+        root / "build/x/reference", stage="reference", name="x", inputs={"model": base, "prepared": prepared}
+    )
+
     adapter = root / "build/x/adapter"
     weights(adapter / "adapter_model.safetensors", seed=2)
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "tiny"})
-    write_manifest(
-        adapter, stage="train", name="x", inputs={"model": base, "prepared": digest(root, "build/x/prepared")}
-    )
+    made_from = {"model": base, "prepared": prepared, "reference_log_probs": digest(root, "build/x/reference")}
+    write_manifest(adapter, stage="train", name="x", inputs=made_from)
     write_json(root / "build/x/train.json", {
         "loss": 0.5, "steps": 8, "rewards": {"margins": 1.25, "accuracies": 0.9}, "machine": {"cpu": "test"},
     })  # fmt: skip
@@ -189,7 +194,7 @@ def lock(root: Path) -> None:
     stages = {}
     for stage in RECIPE_STAGES:
         params = {"build/.resolved/x.json": {stage: sections[stage]}}
-        paths = [f"build/x/{stage}.json", *MORE_OUTS.get(stage, ())]
+        paths = ["build/x/reference"] if stage == "reference" else [f"build/x/{stage}.json", *MORE_OUTS.get(stage, ())]
         stages[stage] = {"cmd": "c", "params": params, "outs": [out(root, path) for path in paths]}
     write_json(root / "pipelines/x/dvc.lock", {"schema": "2.0", "stages": stages})
 
@@ -299,6 +304,7 @@ CHECKPOINT = ["config.json", "manifest.json", "model.safetensors", "tokenizer.js
 FILES = [
     *(f"build/x/{stage}.json" for stage in ("prepare", "train", "merge", "evaluate", "gate")),
     *(f"build/x/prepared/{file}" for file in ("train.jsonl", "held_out.jsonl", "manifest.json")),
+    *(f"build/x/reference/{file}" for file in ("rows.jsonl", "manifest.json")),
     *(f"build/x/adapter/{file}" for file in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")),
     *(f"build/x/merged/{file}" for file in [*CHECKPOINT, "chat_template.jinja"]),
     *(f"build/x/evaluate/{file}" for file in EVALUATED),

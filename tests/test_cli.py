@@ -10,7 +10,7 @@ from project import ROOT, run
 HEAVY = ("torch", "pydantic", "dvc", "transformers", "yaml", "numpy", "lm_eval", "huggingface_hub")
 COMMANDS = (
     "new", "check", "lock", "sync", "status", "preview", "build", "gates", "diff", "generate", "promote", "doctor",
-    "schema", "resolve", "stage", "clean", "image", "reward", "track",
+    "schema", "resolve", "stage", "clean", "image", "reward", "track", "plan",
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_an_unknown_recipe_is_said_with_a_likely_one() -> None:
 
 def test_an_unknown_stage_is_said() -> None:
     output = run(ROOT, "prefbuild", "stage", "tarin", "smollm2-concise", code=2)
-    assert output.startswith("prefbuild: tarin: no such stage; one of model, data, prepare, train")
+    assert output.startswith("prefbuild: tarin: no such stage; one of model, data, prepare, reference, train")
 
 
 def test_the_shipped_schema_is_that_of_the_code() -> None:

@@ -42,7 +42,8 @@ def test_an_honest_build_passes(root):
 
 def test_every_file_is_judged_by_its_digest(root):
     judged = judge(built.gate_settings(), built.INPUTS, "x", root)["judged"]
-    folders = [built.INPUTS[role] for role in ("samples", "prepared", "adapter", "merged", "base_model", "baseline")]
+    roles = ("samples", "prepared", "reference_log_probs", "adapter", "merged", "base_model", "baseline")
+    folders = [built.INPUTS[role] for role in roles]
     files = [built.INPUTS[stage] for stage in ("prepare", "train", "merge", "evaluate")]
     for folder in [*folders, "build/y/evaluate"]:
         assert judged.pop(folder) == built.digest(root, folder)
@@ -432,6 +433,10 @@ def test_an_artifact_made_from_something_else_fails_every_rule(root, folder, key
     [
         ("build/x/adapter", "prepared", "build/x/prepared"),
         ("build/x/adapter", "reference", "build/y/evaluate"),
+        ("build/x/adapter", "reference_log_probs", "build/x/reference"),
+        ("build/x/reference", "reference", "build/y/evaluate"),
+        ("build/x/reference", "prepared", "build/x/prepared"),
+        ("build/x/reference", "model", built.BASE),
         ("build/x/merged", "trained", "build/x/adapter"),
         (None, None, None),
     ],
@@ -442,7 +447,9 @@ def test_all_weights_and_a_reference_are_in_the_chain(root, folder, key, source)
     inputs["reference"] = "build/y/evaluate"
     digests = {path: built.digest(root, path) for path in (inputs["trained"], inputs["reference"])}
     edit(root / "build/x/merged/manifest.json", lambda m: m["inputs"].update(trained=digests[inputs["trained"]]))
-    edit(root / "build/x/adapter/manifest.json", lambda m: m["inputs"].update(reference=digests[inputs["reference"]]))
+    for holds_on in ("adapter", "reference"):
+        manifest = root / f"build/x/{holds_on}/manifest.json"
+        edit(manifest, lambda m: m["inputs"].update(reference=digests[inputs["reference"]]))
     if folder:
         chain(root, folder, key)
     verdict = judge(built.gate_settings(), inputs, "x", root)
@@ -472,10 +479,10 @@ def test_another_merged_model_makes_the_evaluation_stale(root):
     assert not any(rule["passed"] for rule in verdict["rules"])
 
 
-@pytest.mark.parametrize("folder", ["prepared", "adapter", "merged", "evaluate"])
+@pytest.mark.parametrize("folder", ["prepared", "reference", "adapter", "merged", "evaluate"])
 def test_another_recipes_artifact_fails(root, folder):
     edit(root / f"build/x/{folder}/manifest.json", lambda manifest: manifest.update(name="y"))
-    stage = {"prepared": "prepare", "adapter": "train", "merged": "merge", "evaluate": "evaluate"}[folder]
+    stage = {"prepared": "prepare", "adapter": "train", "merged": "merge"}.get(folder, folder)
     (artifact, _) = rules(root, gate(EXACT, min=0))
     assert artifact["says"] == f"build/x/{folder}: is {stage} of y, not {stage} of x"
 

@@ -13,7 +13,7 @@ from project import ROOT, run
 from prefbuild import yamlfile
 from prefbuild.localtask import load_task
 from prefbuild.lock import LOCK
-from prefbuild.methods import DPO
+from prefbuild.methods import DPO, with_engine
 from prefbuild.recipe import Recipe, data_settings, load_defaults, load_recipe
 from prefbuild.stages.prepare import prepare
 
@@ -142,7 +142,7 @@ def test_both_lock_against_repositories_of_those_names_and_shapes(hub: Hub, real
     section = json.loads((project / "build/.resolved/neuralhermes.json").read_text())["train"]
     assert section["settings"]["base"]["name"] == "teknium/OpenHermes-2.5-Mistral-7B"
     section = json.loads((project / "build/.resolved/neuralhermes-h200.json").read_text())["train"]
-    assert DPO.model_validate(section["settings"]["train"]) == headline("neuralhermes-h200").train
+    assert DPO.model_validate(section["settings"]["train"]) == with_engine(headline("neuralhermes-h200").train, None)
 
 
 # ---- rows

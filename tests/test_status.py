@@ -205,8 +205,11 @@ def test_a_limit_runs_evaluation_baseline_and_gate_but_no_training(project: Path
 def test_what_all_recipes_inherit_is_traced_to_each(project: Path) -> None:
     edit(project / "params.yaml", "seed: 42", "seed: 43")
     changes = status(project)
-    assert forecast(changes, "runs") == {"resolve"} | {f"{n} {s}" for n in "ab" for s in ("prepare", "train")}
+    assert forecast(changes, "runs") == {"resolve"} | {
+        f"{name} {stage}" for name in "ab" for stage in ("prepare", "reference", "train")
+    }
     assert reasons(changes, "prepare") == reasons(changes, "train", "b") == ["seed 42 -> 43"]
+    assert reasons(changes, "reference") == ["seed 42 -> 43"]  # which says what rows a run of a few steps uses
     check_against_dvc(project, changes)
 
 
@@ -280,7 +283,7 @@ def test_a_new_recipe_is_never_built_and_the_graph_out_of_date(project: Path) ->
         "the DVC files are out of date: run `prefbuild sync` (dvc.yaml, pipelines/c/dvc.yaml)"
     ]
     assert status_text(changes).splitlines()[0] == changes[0].reasons[0]
-    stages = {f"c {stage}" for stage in ("prepare", "train", "merge", "evaluate", "gate")}
+    stages = {f"c {stage}" for stage in ("prepare", "reference", "train", "merge", "evaluate", "gate")}
     assert forecast(changes, "runs") == {"resolve", "report"} | stages
     assert all(reasons(changes, stage.split()[1], "c") == ["never built"] for stage in stages)
     sync(load_project(project))

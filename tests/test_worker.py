@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefbuild.methods import METHODS, needs_bitsandbytes, train_settings
+from prefbuild.methods import METHODS, needs_bitsandbytes, reference_settings, train_settings
 from prefbuild.worker import explain, killed_for_memory
 
 
@@ -61,4 +61,6 @@ def test_nothing_is_counted_outside_of_containers() -> None:
     ],
 )
 def test_bitsandbytes_is_there_where_it_is_used(settings: dict[str, Any], needs: bool) -> None:
-    assert needs_bitsandbytes(train_settings(METHODS["dpo"](method="dpo", **settings))) is needs
+    asked = METHODS["dpo"](method="dpo", **settings)
+    assert needs_bitsandbytes(train_settings(asked)) is needs
+    assert needs_bitsandbytes(reference_settings(asked, 42)["train"]) is (asked.quantization == "nf4")

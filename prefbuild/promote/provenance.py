@@ -132,7 +132,7 @@ def gather(
         "judged": gate["judged"],
         "made_from": {
             role: _made_from(root / inputs[role])
-            for role in ("prepared", trained, "merged", "samples")
+            for role in ("prepared", "reference_log_probs", trained, "merged", "samples")
             if role in inputs
         },
         "evaluated_with": versions,

@@ -17,6 +17,8 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
     check_installed(asked_for())
     verify_artifact(inputs["prepared"])
     verify_rewards(settings.get("rewards", []))
+    if "reference_log_probs" in inputs:
+        verify_artifact(inputs["reference_log_probs"])
     for judge in inputs.get("reward_models", []):
         verify_artifact(judge)
     from prefbuild.training import Run, ranks, trainer
@@ -28,12 +30,13 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         base={"name": settings["base"]["name"], "revision": read_manifest(inputs["model"])["digest"]},
         model=inputs["model"],
         reference=inputs.get("reference"),
+        log_probs=inputs.get("reference_log_probs"),
         prepared=inputs["prepared"],
         trained=outputs["adapter" if "adapter" in outputs else "trained"],
         live=outputs["live"].parent,
         work=work,
     )
-    metrics = trainer(method)(METHODS[method].model_validate(settings["train"]), one)
+    metrics = trainer(method, settings["train"].get("engine"))(METHODS[method].model_validate(settings["train"]), one)
     if ranks.is_main():
         write_json(outputs["metrics"], metrics)
     ranks.leave()

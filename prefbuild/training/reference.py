@@ -115,8 +115,3 @@ def check_reference(settings: DPO | KTO, first: dict[str, Any]) -> None:
             f"step 1 has a loss of {loss:.4g} before any update, where {' and '.join(settings.loss_type)} of rewards "
             f"of 0 must be {wanted:.4g} (ln 2 a loss): what is trained is not the loss the recipe names"
         )
-
-
-def read_log_probs(folder: Path, rows: list[Any]) -> list[Any]:
-    """Until stage reference lands."""
-    raise StageError(f"{folder}: can't be read")

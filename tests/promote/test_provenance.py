@@ -174,9 +174,11 @@ def test_parameters_name_recipe_settings_and_tools(root):
     resolved = built.resolved(root)
     assert (known["version"], known["method"], known["seed"]) == ("v3", "dpo", 42)
     assert known["settings"]["train"] == digest_of(resolved["train"]["settings"])
-    assert set(known["settings"]) == {"prepare", "train", "merge", "evaluate", "gate", "promote"}
+    assert set(known["settings"]) == {"prepare", "reference", "train", "merge", "evaluate", "gate", "promote"}
     assert known["trained_on"] == {"cpu": "test"}
     assert known["evaluated_with"]["lm_eval"] == "0.4.13"
+    assert known["made_from"]["adapter"]["reference_log_probs"] == built.digest(root, "build/x/reference")
+    assert known["made_from"]["reference_log_probs"]["prepared"] == built.digest(root, "build/x/prepared")
     assert known["made_from"]["merged"]["adapter"] == known["adapter"] == built.digest(root, "build/x/adapter")
 
 
