@@ -33,6 +33,7 @@ from prefbuild.methods import (
     reference_recipe,
     split_batch,
     train_metrics,
+    why_no_graph,
     why_not_packed,
 )
 from prefbuild.rewards.schema import ModelReward
@@ -396,7 +397,9 @@ class Evaluate(Strict):
         default=False, description="Ask through the chat template, for tasks that do not say."
     )
     fewshot_as_multiturn: bool = Field(default=False, description="Few-shot examples as turns of a conversation.")
-    batch_size: int = Field(default=8, ge=1, description="Documents at once.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Answers generated at once; 512 tokens scored at once for each."
+    )
 
 
 # ---- where stages run
@@ -688,6 +691,10 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         return
     if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
         yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
+    prompted = train if isinstance(train, PromptOptions) else None
+    wants_graph = prompted and prompted.rollout and prompted.rollout.engine == "graph"
+    if prompted and wants_graph and (reason := why_no_graph(prompted, compute.strategy)):
+        yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
     if not train.use_peft:
         yield (
             ("compute", "strategy"),
