@@ -65,7 +65,7 @@ def stream_merge(model: Path, adapter: Path, merged: Path, max_shard_size: str) 
         return weight
 
     digests = {}
-    with torch.no_grad(), tqdm(total=total, desc="merging", unit="B", unit_scale=True) as bar:
+    with torch.no_grad(), tqdm(total=total, desc="merging", unit="B", unit_scale=True, mininterval=1) as bar:
         for file, names in split.filename_to_tensors.items():
             digests[merged / file] = write_tensors(
                 merged / file,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from project import ROOT
 
 from prefbuild.errors import StageError
 from prefbuild.merging import NotCovered, stream_merge
@@ -222,6 +223,13 @@ def test_base_that_ends_early_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(OSError, match=r"model.safetensors: ends in the middle of a tensor"):
         stream_merge(model, trained, tmp_path / "merged", "50GB")
+
+
+def test_benchmark_compares_both_ways(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks/merge.py", tmp_path / "new", "--layers", "1", "--hidden", "128"]
+    done = subprocess.run([*command, "--vocabulary", "100"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["whole", "streamed", "both"]
 
 
 MEASURE = """
