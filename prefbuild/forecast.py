@@ -76,10 +76,6 @@ class Job:
     num_gpus: int
     arithmetic: Arithmetic
 
-    def share(self, step: list[Row]) -> list[Row]:
-        """One GPU's rows of a step."""
-        return sorted(step, key=sum, reverse=True)[:: self.num_gpus]
-
     def packed(self, steps: list[list[Row]]) -> PackedPlan:
         """How training packs these steps."""
         return packed_plan(self.arithmetic, steps, self.device.memory, self.device.speed)
@@ -114,7 +110,7 @@ def forecast(root: Path, name: str, *, gpu: str | None = None, gpu_memory: str |
     device = find_device(recipe, shape, gpu, gpu_memory)
     precision = recipe.train.precision
     bf16 = precision == "bf16" if precision != "auto" else device.is_gpu or bool(cpu_bf16())
-    rows, said = rows_of(root, name, recipe)
+    rows, said = rows_of(root / "build" / name, recipe)
     job = Job(
         name=name,
         recipe=recipe,
@@ -145,6 +141,20 @@ def packed_plan(how: Arithmetic, steps: list[list[Row]], memory: int, speed: Spe
         fused=how.fused,
         speed=speed,
     )
+
+
+def plan_of(recipe: Recipe, shape: ModelShape, rows: list[Row], memory: int, *, bf16: bool, is_gpu: bool) -> PackedPlan:
+    """The packed engine's plan of a recipe on one of its GPUs, or the CPU."""
+    how = arithmetic_of(recipe, shape, bf16=bf16, is_gpu=is_gpu)
+    train = recipe.train
+    steps, _ = steps_of(recipe, rows, train.per_device_train_batch_size * train.gradient_accumulation_steps)
+    shares = [share(step, recipe.compute.gpus) for step in steps]
+    return packed_plan(how, shares, memory, H200 if is_gpu else None)
+
+
+def share(step: list[Row], num_gpus: int) -> list[Row]:
+    """One GPU's rows of a step."""
+    return sorted(step, key=sum, reverse=True)[:: max(1, num_gpus)]
 
 
 def forecast_json(found: Forecast) -> str:
@@ -193,12 +203,11 @@ def forecast_text(found: Forecast) -> str:
 # ---- the rows
 
 
-def rows_of(root: Path, name: str, recipe: Recipe) -> tuple[list[Row], str]:
-    """Tokens of every row, prompt first, as prepared; before that the largest that there may be, one of it."""
-    path = root / "build" / name / "prepared/train.jsonl"
+def rows_of(built: Path | None, recipe: Recipe) -> tuple[list[Row], str]:
+    """Tokens of every row, prompt first, as prepared in a recipe's folder; before that as the recipe allows, one row."""
     parts = PARTS[recipe.shape]
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
+    if built is not None and (built / "prepared/train.jsonl").exists():
+        with open(built / "prepared/train.jsonl", encoding="utf-8") as file:
             rows: list[Row] = [tuple(len(row[f"{part}_ids"]) for part in parts) for row in map(json.loads, file)]
         if rows:
             return rows, f"{len(rows):,} prepared rows"
@@ -231,7 +240,7 @@ def steps_of(recipe: Recipe, rows: list[Row], rows_a_step: int) -> tuple[list[li
 
 def _of_pairs(job: Job) -> Forecast:
     steps, number = steps_of(job.recipe, job.rows, job.rows_a_step)
-    plan = job.packed([job.share(step) for step in steps])
+    plan = job.packed([share(step, job.num_gpus) for step in steps])
     speed, how = job.device.speed, job.arithmetic
     if speed is None:
         return job.forecast("packed", number, plan, plan.peak_memory)
