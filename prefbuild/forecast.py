@@ -17,6 +17,7 @@ from prefbuild.doctor import longest_row, memory_need
 from prefbuild.machine import cpu_bf16
 from prefbuild.methods import DPO, PARTS, PromptOptions, split_batch, with_engine
 from prefbuild.plan import (
+    GRAPH_KERNEL,
     H200,
     Arithmetic,
     PackedPlan,
@@ -33,6 +34,7 @@ from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import load_project
 from prefbuild.shape import ModelShape, shape_of
 
+TRL_STEP = 0.06  # seconds that TRL's own Python takes a step on prompts: rewards' texts, advantages, metrics
 MOST_STEPS = 1000  # that are looked at
 # Starting Python and its libraries, and reading weights: seconds, and bytes a second from memory or a fast disk.
 START, READ = 12.0, 2e9
@@ -265,7 +267,8 @@ def _of_prompts(job: Job) -> Forecast:
     # Completions end where they like; all are taken to be as long as they may be.
     length = train.max_completion_length
     groups: list[list[Row]] = [[(row[0], *[length] * train.num_generations) for row in step] for step in steps]
-    plan = job.packed(groups)
+    speed = job.device.speed and replace(job.device.speed, launch=GRAPH_KERNEL)  # the training half is captured too
+    plan = packed_plan(job.arithmetic, groups, job.device.memory, speed)
     rollout = plan_rollout(
         job.shape,
         prompts,
@@ -280,7 +283,7 @@ def _of_prompts(job: Job) -> Forecast:
     found = replace(found, note=f"every completion is taken to be {length} tokens; rewards are not counted")
     if job.device.speed is None:
         return found
-    seconds = rollout.seconds + plan.seconds_per_step
+    seconds = rollout.seconds + plan.seconds_per_step + TRL_STEP
     loading = START + weight_bytes(job.arithmetic) / READ
     whole = None if number is None else loading + number * seconds
     return replace(found, rollout=rollout, seconds_per_step=seconds, seconds=whole)
