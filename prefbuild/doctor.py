@@ -23,7 +23,18 @@ from prefbuild.errors import LockError, StageError
 from prefbuild.launch import INSTALL_DEEPSPEED
 from prefbuild.lock import locked_image
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import BNB_OPTIMIZERS, SHAPES, PromptOptions, Train, TrainOptions, reference_recipe, split_batch
+from prefbuild.methods import (
+    BNB_OPTIMIZERS,
+    DPO,
+    SHAPES,
+    PromptOptions,
+    Train,
+    TrainOptions,
+    reference_recipe,
+    split_batch,
+    with_engine,
+)
+from prefbuild.plan import Row
 from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
@@ -32,6 +43,7 @@ from prefbuild.sources import node_id, title
 from prefbuild.status import lock_problems
 from prefbuild.track import how_to_install, not_installed
 
+Rows = tuple[list[Row], str]  # tokens of prompt and answers, and where they are from
 OLDEST_PYTHON = (3, 11)
 # Bytes a trained weight that an optimizer keeps: Adam's two moments in 32 or 8 bits; SGD without momentum has none.
 STATE_BYTES = {
@@ -77,6 +89,8 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
 
     Raises UsageError for an unknown recipe, RecipeError for broken files.
     """
+    from prefbuild.forecast import rows_of  # which asks this module for estimates
+
     project = load_project(root)
     known_recipes([name], project.recipes)
     recipe = project.recipes[name]
@@ -94,7 +108,7 @@ def doctor(root: Path, name: str, *, network: bool = False) -> list[Finding]:
         *disk(project, name, shape),
         temporary(),
         *processor(recipe, gpus, shape, idle=len(there) - len(gpus)),
-        memory(recipe, gpus, shape),
+        memory(recipe, gpus, shape, rows_of(project.root / "build" / name, recipe) if is_packed(recipe) else None),
         *containers(project, recipe, runner),
         *tracking(project, recipe, runner),
         *promotion(recipe),
@@ -507,18 +521,24 @@ def _cpu_finding(recipe: Recipe, shape: ModelShape) -> Finding:
     return Finding(what="processor", state="ok", found=kind)
 
 
-def memory(recipe: Recipe, gpus: list[Gpu], shape: ModelShape) -> Finding:
-    """Free memory (the largest GPU's, of several the smallest's, else the machine's) against the estimate for training."""
+def memory(recipe: Recipe, gpus: list[Gpu], shape: ModelShape, rows: Rows | None = None) -> Finding:
+    """Free memory (the largest GPU's, of several the smallest's, else the machine's) against the estimate for training.
+
+    `rows` are forecast.rows_of's, which the packed engine's plan is made of; None: as long as the recipe allows.
+    """
     bf16 = computes_in_bf16(recipe, gpus)
-    longest = longest_row(recipe)
     num = max(1, recipe.compute.gpus)
-    batch, _ = split_batch(recipe.train, num)
-    train = recipe.train.model_copy(update={"per_device_train_batch_size": batch})
-    need = memory_need(train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
     # Of several each must do: the smallest counts. Where one will do, it is the largest.
     choose = min if num > 1 else max
     total, free = (choose(g.total for g in gpus), choose(g.free for g in gpus)) if gpus else machine_memory()
-    where = "GPU memory" if gpus else "memory"
+    where, found = "GPU memory" if gpus else "memory", f"{_gigabytes(free)} free of {_gigabytes(total)}"
+    if is_packed(recipe):
+        state, needed, fix = _packed_memory(recipe, shape, rows, bf16, bool(gpus), total, free)
+        return Finding(what=where, state=state, found=found, needed=needed, fix=fix)
+    longest = longest_row(recipe)
+    batch, _ = split_batch(recipe.train, num)
+    train = recipe.train.model_copy(update={"per_device_train_batch_size": batch})
+    need = memory_need(train, shape, max_length=longest, bytes_per_number=2 if bf16 else 4)
     weights = weight_bytes(recipe.train, shape, 2 if bf16 else 4)
     if recipe.compute.strategy in ("fsdp", "zero3"):  # each GPU has its part of them
         need, weights = need - weights + weights // num, weights // num
@@ -529,12 +549,38 @@ def memory(recipe: Recipe, gpus: list[Gpu], shape: ModelShape) -> Finding:
         "or set train.gradient_checkpointing: true"
     )  # fmt: skip
     if state == "missing":
-        fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
-        fix += "" if recipe.train.use_peft else ";\nor leave train.use_peft out: an adapter takes a fraction of it"
+        fix = _weights_do_not_fit(recipe)
     needed = f"up to {_gigabytes(need)} when every row is {longest} tokens, roughly; {shape.source}"
-    return Finding(
-        what=where, state=state, found=f"{_gigabytes(free)} free of {_gigabytes(total)}", needed=needed, fix=fix
-    )
+    return Finding(what=where, state=state, found=found, needed=needed, fix=fix)
+
+
+def is_packed(recipe: Recipe) -> bool:
+    """Whether the packed engine trains a recipe."""
+    train = with_engine(recipe.train, recipe.compute.strategy)
+    return isinstance(train, DPO) and train.engine == "packed"
+
+
+def _packed_memory(
+    recipe: Recipe, shape: ModelShape, rows: Rows | None, bf16: bool, is_gpu: bool, total: int, free: int
+) -> tuple[str, str, str]:
+    """(state, what is needed, fix) of the plan that training will make; see plan.py."""
+    from prefbuild.forecast import plan_of, rows_of  # where this module's estimates are asked for
+
+    sizes, said = rows or rows_of(None, recipe)
+    plan = plan_of(recipe, shape, sizes, total, bf16=bf16, is_gpu=is_gpu)
+    needed = f"{_gigabytes(plan.peak_memory)} with {plan.token_budget:,} tokens at once; {said}; {shape.source}"
+    if weight_bytes(recipe.train, shape, 2 if bf16 else 4) > total:
+        return "missing", needed, _weights_do_not_fit(recipe)
+    if not plan.fits or plan.peak_memory > total:
+        return "warning", needed, "lower data.max_length: the longest row alone may take more than there is"
+    if plan.peak_memory > free:
+        return "warning", needed, "end what else takes this memory: training plans with all of it"
+    return "ok", needed, ""
+
+
+def _weights_do_not_fit(recipe: Recipe) -> str:
+    fix = "take a smaller base, or a machine with more memory: the weights alone do not fit"
+    return fix + ("" if recipe.train.use_peft else ";\nor leave train.use_peft out: an adapter takes a fraction of it")
 
 
 def longest_row(recipe: Recipe) -> int:

@@ -4,6 +4,7 @@ Covered: DPO's packed engine; what GRPO and RLOO decode, and train on. Of other 
 `prefbuild doctor` estimates it. Not covered: fetching, merging and evaluating, and how long rewards take.
 """
 
+import itertools
 import json
 import math
 import random
@@ -14,8 +15,9 @@ from typing import Any
 from prefbuild.device import Device, find_device
 from prefbuild.doctor import longest_row, memory_need
 from prefbuild.machine import cpu_bf16
-from prefbuild.methods import PARTS, PromptOptions, split_batch, with_engine
+from prefbuild.methods import DPO, PARTS, PromptOptions, split_batch, with_engine
 from prefbuild.plan import (
+    GRAPH_KERNEL,
     H200,
     Arithmetic,
     PackedPlan,
@@ -32,6 +34,8 @@ from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import load_project
 from prefbuild.shape import ModelShape, shape_of
 
+TRL_STEP = 0.06  # seconds that TRL's own Python takes a step on prompts: rewards' texts, advantages, metrics
+MOST_STEPS = 1000  # that are looked at
 # Starting Python and its libraries, and reading weights: seconds, and bytes a second from memory or a fast disk.
 START, READ = 12.0, 2e9
 
@@ -70,7 +74,8 @@ class Job:
     device: Device
     rows: list[Row]
     said: str  # of the rows
-    rows_a_step: int  # of one GPU
+    rows_a_step: int
+    num_gpus: int
     arithmetic: Arithmetic
 
     def packed(self, steps: list[list[Row]]) -> PackedPlan:
@@ -99,7 +104,7 @@ class Job:
 
 
 def forecast(root: Path, name: str, *, gpu: str | None = None, gpu_memory: str | None = None) -> Forecast:
-    """Plan a recipe's training. Raises UsageError for an unknown recipe, GPU or size, and where no GPU is known."""
+    """Plan a recipe's training, of several GPUs for one. Raises UsageError for an unknown recipe, GPU or size, and where no GPU is known."""
     project = load_project(root)
     known_recipes([name], project.recipes)
     recipe = project.recipes[name]
@@ -107,8 +112,7 @@ def forecast(root: Path, name: str, *, gpu: str | None = None, gpu_memory: str |
     device = find_device(recipe, shape, gpu, gpu_memory)
     precision = recipe.train.precision
     bf16 = precision == "bf16" if precision != "auto" else device.is_gpu or bool(cpu_bf16())
-    rows, said = rows_of(root, name, recipe)
-    batch, accumulation = split_batch(recipe.train, max(1, recipe.compute.gpus))
+    rows, said = rows_of(root / "build" / name, recipe)
     job = Job(
         name=name,
         recipe=recipe,
@@ -116,18 +120,14 @@ def forecast(root: Path, name: str, *, gpu: str | None = None, gpu_memory: str |
         device=device,
         rows=rows,
         said=said,
-        rows_a_step=batch * accumulation,
+        rows_a_step=recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
+        num_gpus=max(1, recipe.compute.gpus),
         arithmetic=arithmetic_of(recipe, shape, bf16=bf16, is_gpu=device.is_gpu),
     )
-    if isinstance(recipe.train, PromptOptions):
-        return _of_prompts(job)
-    return _of_pairs(job) if is_packed(recipe) else _of_another(job)
-
-
-def is_packed(recipe: Recipe) -> bool:
-    """Whether a recipe is trained by the packed engine."""
     train = with_engine(recipe.train, recipe.compute.strategy)
-    return train.method == "dpo" and train.engine == "packed"
+    if isinstance(train, PromptOptions) and train.rollout is not None and train.rollout.engine == "graph":
+        return _of_prompts(job)
+    return _of_pairs(job) if isinstance(train, DPO) and train.engine == "packed" else _of_another(job)
 
 
 def packed_plan(how: Arithmetic, steps: list[list[Row]], memory: int, speed: Speed | None) -> PackedPlan:
@@ -143,6 +143,20 @@ def packed_plan(how: Arithmetic, steps: list[list[Row]], memory: int, speed: Spe
         fused=how.fused,
         speed=speed,
     )
+
+
+def plan_of(recipe: Recipe, shape: ModelShape, rows: list[Row], memory: int, *, bf16: bool, is_gpu: bool) -> PackedPlan:
+    """The packed engine's plan of a recipe on one of its GPUs, or the CPU."""
+    how = arithmetic_of(recipe, shape, bf16=bf16, is_gpu=is_gpu)
+    train = recipe.train
+    steps, _ = steps_of(recipe, rows, train.per_device_train_batch_size * train.gradient_accumulation_steps)
+    shares = [share(step, recipe.compute.gpus) for step in steps]
+    return packed_plan(how, shares, memory, H200 if is_gpu else None)
+
+
+def share(step: list[Row], num_gpus: int) -> list[Row]:
+    """One GPU's rows of a step."""
+    return sorted(step, key=sum, reverse=True)[:: max(1, num_gpus)]
 
 
 def forecast_json(found: Forecast) -> str:
@@ -191,12 +205,11 @@ def forecast_text(found: Forecast) -> str:
 # ---- the rows
 
 
-def rows_of(root: Path, name: str, recipe: Recipe) -> tuple[list[Row], str]:
-    """Tokens of every row, prompt first, as prepared; before that the largest that there may be, one of it."""
-    path = root / "build" / name / "prepared/train.jsonl"
+def rows_of(built: Path | None, recipe: Recipe) -> tuple[list[Row], str]:
+    """Tokens of every row, prompt first, as prepared in a recipe's folder; before that as the recipe allows, one row."""
     parts = PARTS[recipe.shape]
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
+    if built is not None and (built / "prepared/train.jsonl").exists():
+        with open(built / "prepared/train.jsonl", encoding="utf-8") as file:
             rows: list[Row] = [tuple(len(row[f"{part}_ids"]) for part in parts) for row in map(json.loads, file)]
         if rows:
             return rows, f"{len(rows):,} prepared rows"
@@ -207,21 +220,21 @@ def rows_of(root: Path, name: str, recipe: Recipe) -> tuple[list[Row], str]:
 
 
 def steps_of(recipe: Recipe, rows: list[Row], rows_a_step: int) -> tuple[list[list[Row]], int | None]:
-    """The rows of some steps, in an order like the run's, and how many steps there are; None where rows are unknown.
+    """The rows of the run's first steps, and how many steps there are; None where rows are unknown.
 
-    Not the run's own order, which torch draws: the largest step is another one, and about as large.
+    The packed engine's steps are the run's own. Others' order is drawn here: like theirs, and not theirs.
     """
     train = recipe.train
-    an_epoch = math.ceil(len(rows) / rows_a_step) if len(rows) > 1 else None
-    number = train.max_steps or (an_epoch and math.ceil((train.num_train_epochs or 1.0) * an_epoch))
-    if an_epoch is None:
-        return [rows * rows_a_step], number
+    if len(rows) == 1:
+        return [rows * rows_a_step], train.max_steps
+    number = train.max_steps or math.ceil((train.num_train_epochs or 1.0) * math.ceil(len(rows) / rows_a_step))
+    if isinstance(train, DPO):
+        from prefbuild.training.prepared import steps_of_a_run
+
+        steps = steps_of_a_run(train, recipe.seed, len(rows))
+        return [[rows[index] for index in step] for step in itertools.islice(steps, MOST_STEPS)], number
     draw = random.Random(recipe.seed)
-    steps: list[list[Row]] = []
-    while number is not None and len(steps) < min(number, 1000):
-        order = draw.sample(rows, len(rows))
-        steps += [order[start : start + rows_a_step] for start in range(0, len(rows), rows_a_step)]
-    return steps[: min(number or 1, 1000)], number
+    return [draw.sample(rows, min(rows_a_step, len(rows))) for _ in range(min(number, MOST_STEPS))], number
 
 
 # ---- methods
@@ -229,7 +242,7 @@ def steps_of(recipe: Recipe, rows: list[Row], rows_a_step: int) -> tuple[list[li
 
 def _of_pairs(job: Job) -> Forecast:
     steps, number = steps_of(job.recipe, job.rows, job.rows_a_step)
-    plan = job.packed(steps)
+    plan = job.packed([share(step, job.num_gpus) for step in steps])
     speed, how = job.device.speed, job.arithmetic
     if speed is None:
         return job.forecast("packed", number, plan, plan.peak_memory)
@@ -248,16 +261,18 @@ def _of_pairs(job: Job) -> Forecast:
 
 def _of_prompts(job: Job) -> Forecast:
     train: Any = job.recipe.train
-    prompts = max(1, job.rows_a_step // train.num_generations)
+    completions = max(1, job.rows_a_step // job.num_gpus)
+    prompts = max(1, completions // train.num_generations)
     steps, number = steps_of(job.recipe, job.rows, prompts)
     # Completions end where they like; all are taken to be as long as they may be.
     length = train.max_completion_length
     groups: list[list[Row]] = [[(row[0], *[length] * train.num_generations) for row in step] for step in steps]
-    plan = job.packed(groups)
+    speed = job.device.speed and replace(job.device.speed, launch=GRAPH_KERNEL)  # the training half is captured too
+    plan = packed_plan(job.arithmetic, groups, job.device.memory, speed)
     rollout = plan_rollout(
         job.shape,
         prompts,
-        job.rows_a_step,
+        completions,
         max(prompt for prompt, *_ in job.rows),
         length,
         speed=job.device.speed or H200,
@@ -268,7 +283,7 @@ def _of_prompts(job: Job) -> Forecast:
     found = replace(found, note=f"every completion is taken to be {length} tokens; rewards are not counted")
     if job.device.speed is None:
         return found
-    seconds = rollout.seconds + plan.seconds_per_step
+    seconds = rollout.seconds + plan.seconds_per_step + TRL_STEP
     loading = START + weight_bytes(job.arithmetic) / READ
     whole = None if number is None else loading + number * seconds
     return replace(found, rollout=rollout, seconds_per_step=seconds, seconds=whole)

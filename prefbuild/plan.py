@@ -25,6 +25,8 @@ SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
 KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_STEP = 45, 100, 400
+# Of a captured graph: kernels a layer that decodes, and for a token beside layers; seconds that each takes at least.
+KERNELS_DECODING, KERNELS_DRAWING, GRAPH_KERNEL = 5, 20, 4e-6
 # How often other kernels move what a layer keeps: written and read forward; backward read, and its gradient written and
 # read again.
 PASSES_FORWARD, PASSES_BACKWARD = 2.0, 4.0
@@ -169,7 +171,8 @@ def peak_bytes(how: Arithmetic, load: Load) -> int:
 def forward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     """The device's seconds for all layers: matmuls, which are never faster than their weights are read, and the rest."""
     shape = how.shape
-    moved = PASSES_FORWARD * shape.layers * load.tokens * layer_bytes(how, load.keys / load.tokens)
+    layer = PASSES_FORWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[0]
+    moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     return (
         _linear_seconds(how, load.tokens, speed)
@@ -186,7 +189,8 @@ def backward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     spares all but its own.
     """
     shape = how.shape
-    moved = PASSES_BACKWARD * shape.layers * load.tokens * layer_bytes(how, load.keys / load.tokens)
+    layer = PASSES_BACKWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[1]
+    moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     trained = 4 * how.num_trained if how.lora_r else 2 * shape.linear_weights
     return (
@@ -195,6 +199,21 @@ def backward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
         + 10 * load.pairs * shape.queries * shape.layers / (ATTENTION * speed.matmul)
         + (moved + unpacked) / speed.bandwidth
     )
+
+
+def lora_bytes(how: Arithmetic) -> tuple[float, float]:
+    """Bytes that an adapter's own matmuls move in a layer for a token, forward and backward, beside what is kept.
+
+    An adapter's rank is so small that its matmuls are reading and writing. As training/fused.py does them: forward x is
+    read by A, and each output is written by B and read by the layer's own product; backward each output's gradient is
+    read for B and for its gradient, x for A's, and x's gradient is written by A and read and written by each layer.
+    """
+    if not how.lora_r:
+        return 0.0, 0.0
+    shape = how.shape
+    outputs, inputs = (sum(sizes) for sizes in zip(*((b, a) for a, b in shape.linear), strict=True))
+    read = 2 * shape.hidden + shape.queries + shape.intermediate  # q, k and v read one x, and so do gate and up
+    return (2 * outputs + read) * how.bytes_per_number, (2 * outputs + 2 * read + 2 * inputs) * how.bytes_per_number
 
 
 def _linear_seconds(how: Arithmetic, tokens: float, speed: Speed) -> float:
@@ -315,11 +334,9 @@ def plan_rollout(
     completion_tokens: int,
     *,
     speed: Speed = H200,
-    kernels: int = 12,
-    kernel_seconds: float = 2e-6,
     bytes_per_number: int = 2,
 ) -> RolloutPlan:
-    """Decoding of all completions of a step from a static cache, in a graph of so many kernels a layer, merged weights.
+    """Decoding of all completions of a step from a static cache, over merged weights, a captured graph a token.
 
     A token reads all weights and the cache, and takes no less than its kernels one after the other.
     """
@@ -327,9 +344,10 @@ def plan_rollout(
     a_token = 2 * shape.layers * shape.keys * bytes_per_number  # of the cache, for its keys and values
     cache = num_completions * (prompt_tokens + completion_tokens) * a_token
     weights = (shape.linear_weights + shape.vocabulary * shape.hidden) * bytes_per_number
-    seconds = max((weights + cache) / speed.bandwidth, shape.layers * kernels * kernel_seconds)
+    kernels = KERNELS_DECODING * shape.layers + KERNELS_DRAWING
+    seconds = max((weights + cache) / speed.bandwidth, kernels * GRAPH_KERNEL)
     prefill = forward_seconds(how, load_of([(prompt_tokens,)] * num_prompts), speed)
-    prefill = max(prefill, shape.layers * KERNELS_FORWARD * speed.launch)
+    prefill = max(prefill, shape.layers * KERNELS_FORWARD * GRAPH_KERNEL)
     refresh = 4 * weights / speed.bandwidth
     return RolloutPlan(
         cache=cache, weights=weights, seconds_per_token=seconds, seconds=completion_tokens * seconds + prefill + refresh

@@ -248,9 +248,27 @@ def test_several_gpus_must_all_be_there_and_the_smallest_one_counts() -> None:
 
 def test_too_little_memory_is_a_warning_and_weights_that_do_not_fit_are_missing() -> None:
     small = [Gpu(name="Small", total=4 * 10**9, free=4 * 10**9)]
-    finding = memory(recipe(), small, SMOLLM2)
+    finding = memory(recipe(engine="trl"), small, SMOLLM2)
     assert finding.state == "warning"
     assert "train.gradient_checkpointing: true" in finding.fix
+    large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
+    assert memory(recipe(), small, large).state == "missing"
+
+
+def test_the_packed_engine_needs_what_it_plans() -> None:
+    small = [Gpu(name="Small", total=4 * 10**9, free=4 * 10**9)]
+    finding = memory(recipe(), small, SMOLLM2)
+    assert finding.state == "ok" and "tokens at once; none is prepared yet, so all are taken to be" in finding.needed
+    rows = [(258, 135, 238)] * 64
+    by_rows = memory(recipe(), small, SMOLLM2, (rows, "64 prepared rows"))
+    assert (
+        by_rows.needed.split(" with ")[1] == f"{8 * sum(rows[0]):,} tokens at once; 64 prepared rows; {SMOLLM2.source}"
+    )
+    busy = [Gpu(name="Small", total=4 * 10**9, free=10**9)]
+    assert memory(recipe(), busy, SMOLLM2).fix == "end what else takes this memory: training plans with all of it"
+    tight = [Gpu(name="Tiny", total=2 * 10**9, free=2 * 10**9)]
+    long = memory(recipe(), tight, SMOLLM2, ([(9000, 9000, 9000)] * 8, "8 prepared rows"))
+    assert (long.state, long.fix.partition(":")[0]) == ("warning", "lower data.max_length")
     large = dataclasses.replace(SMOLLM2, num_parameters=7 * 10**9)
     assert memory(recipe(), small, large).state == "missing"
 
@@ -262,7 +280,7 @@ def test_nf4_takes_4_bits_a_weight_and_is_slow_on_a_cpu() -> None:
     assert weight_bytes(DPO(method="dpo", quantization="nf4"), mistral, 2) == pytest.approx(4.45e9, rel=0.01)
     small = [Gpu(name="Small", total=6 * 10**9, free=6 * 10**9)]
     assert memory(recipe(), small, mistral).state == "missing"
-    assert memory(recipe(quantization="nf4"), small, mistral).state == "warning"
+    assert memory(recipe(quantization="nf4", engine="trl"), small, mistral).state == "warning"
     assert [finding.what for finding in processor(recipe(quantization="nf4"), small, SMOLLM2)] == ["processor"]
     found = {finding.what: finding for finding in processor(recipe(quantization="nf4"), [], SMOLLM2)}
     assert (found["quantization"].state, found["quantization"].found) == ("warning", "nf4 without a GPU")

@@ -197,6 +197,15 @@ def test_a_small_model_takes_the_time_of_its_launches() -> None:
     ).seconds_per_step == pytest.approx(large, rel=0.01)
 
 
+def test_an_adapters_matmuls_move_what_they_read_and_write() -> None:
+    h, i, kv = 4096, 14336, 1024
+    forward, backward = plan.lora_bytes(Arithmetic(shape=MISTRAL, lora_r=16))
+    outputs = 3 * h + 2 * kv + 2 * i
+    assert forward == 2 * (2 * outputs + 3 * h + i)
+    assert backward == 2 * (2 * outputs + 2 * (3 * h + i) + 2 * (6 * h + i))
+    assert plan.lora_bytes(Arithmetic(shape=MISTRAL, lora_r=None)) == (0, 0)
+
+
 def test_decoding_reads_weights_and_cache() -> None:
     found = plan_rollout(SMOLLM2, 2, 16, 450, 96)
     assert found.cache == 16 * 546 * 2 * 30 * 3 * 64 * 2
