@@ -28,6 +28,8 @@ from prefbuild.template import FIXED_DATE, load_tokenizer
 CACHE = Path("build/.work/evaluations")
 # Draws for the standard error of metrics that have no formula for it. Means, as almost all metrics are, take none.
 BOOTSTRAP_ITERS = 1000
+# How log-likelihoods are computed: part of what was measured. Raise it when prefbuild/evaluation.py gives other numbers.
+SCORER = "shared contexts 1"
 
 Metrics = dict[str, float]
 
@@ -50,6 +52,7 @@ def measure(
         "dtype": dtype,
         "device": device,
         "image": os.environ.get("PREFBUILD_IMAGE"),
+        "scorer": SCORER,
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")},
     }
     cache = writable(cache, work)
@@ -86,10 +89,11 @@ def machine() -> tuple[str, str]:
 
 
 def load_model(model: Path, batch_size: int, dtype: str, device: str) -> Any:
-    """lm-eval's HFLM on a checkpoint folder, from its safetensors and tokenizer files alone."""
+    """lm-eval's model class on a checkpoint folder, from its safetensors and tokenizer files alone."""
     import torch
-    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
+
+    from prefbuild.evaluation import SharedContextLM
 
     weights: Any = AutoModelForCausalLM.from_pretrained(
         model,
@@ -99,8 +103,8 @@ def load_model(model: Path, batch_size: int, dtype: str, device: str) -> Any:
         use_safetensors=True,
     )
     # It warns that a model is loaded already, and that it is none of several processes'.
-    logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
-    return HFLM(
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+    return SharedContextLM(
         pretrained=weights.to(device),
         tokenizer=load_tokenizer(model),
         backend="causal",

@@ -396,7 +396,9 @@ class Evaluate(Strict):
         default=False, description="Ask through the chat template, for tasks that do not say."
     )
     fewshot_as_multiturn: bool = Field(default=False, description="Few-shot examples as turns of a conversation.")
-    batch_size: int = Field(default=8, ge=1, description="Documents at once.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Answers generated at once; 512 tokens scored at once for each."
+    )
 
 
 # ---- where stages run

@@ -192,6 +192,7 @@ def test_record_says_what_was_measured_on_what(measured: Any, smollm2: Path) -> 
         assert record["task_digest"] == task_digest(asked)
         assert set(record["versions"]) == {"lm_eval", "transformers", "torch"}
         assert (record["dtype"], record["device"]) == machine()
+        assert record["scorer"] == measuring.SCORER
         assert set(record["higher_is_better"].values()) == {True}
     assert set(record["higher_is_better"]) == {"acc", "acc_norm"}
 
@@ -238,7 +239,7 @@ def test_measuring_again_gives_the_same_bytes(measured: Any, lm: Any, smollm2: P
     assert rows == lines(folder, endings()["key"])
 
 
-@pytest.mark.parametrize("what", ["samples", "record", "seed", "model"])
+@pytest.mark.parametrize("what", ["samples", "record", "seed", "model", "scorer"])
 def test_what_was_kept_of_something_else_is_not_used(
     measured: Any, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -254,6 +255,8 @@ def test_what_was_kept_of_something_else_is_not_used(
                 path.unlink()
     if what == "seed":
         asked["seed"] = 1
+    if what == "scorer":
+        monkeypatch.setattr(measuring, "SCORER", "another way")
     if what == "model":
         model = tmp_path / "model"
         model.mkdir()

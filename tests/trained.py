@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from prefbuild.methods import METHODS, SHAPES
+from prefbuild.methods import METHODS, SHAPES, with_engine
 from prefbuild.template import load_tokenizer, render_prompt
-from prefbuild.training import Run, trainer
+from prefbuild.training import Run, ranks, trainer
 
 ANIMALS = ("cat", "dog", "horse", "cow", "hen", "fish", "goat", "bee")
 BASE = {"name": "test/tiny", "revision": "1234"}
@@ -57,10 +57,10 @@ def train(
     few: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     few |= {"lora": {"r": 4}} if settings.get("use_peft", True) else {}
     few |= ON_PROMPTS if SHAPES[method] == "prompts" else {}
-    metrics: dict[str, Any] = trainer(method)(
-        METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings}),
-        run_in(folder, model, prepared, reference=other),
-    )
+    asked = METHODS[method].model_validate({"method": method, "precision": "float32", **few, **settings})
+    asked = with_engine(asked, ranks.strategy())
+    engine = getattr(asked, "engine", None)
+    metrics: dict[str, Any] = trainer(method, engine)(asked, run_in(folder, model, prepared, reference=other))
     return metrics
 
 

@@ -67,7 +67,7 @@ def known_or_computed(asked: DPO, model: Path, parts: list[list[Row]], bf16: boo
         print(f"reference: {num_rows} rows, {num_rows - num_missing} kept from before", file=sys.stderr)
         if missing:
             from prefbuild.training.common import set_up
-            from prefbuild.training.packed import reference_log_probs
+            from prefbuild.training.packed_model import reference_log_probs
 
             set_up(asked, seed=0)  # which nothing here draws from
             bar = tqdm(

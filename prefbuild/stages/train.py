@@ -36,7 +36,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         live=outputs["live"].parent,
         work=work,
     )
-    metrics = trainer(method)(METHODS[method].model_validate(settings["train"]), one)
+    metrics = trainer(method, settings["train"].get("engine"))(METHODS[method].model_validate(settings["train"]), one)
     if ranks.is_main():
         write_json(outputs["metrics"], metrics)
     ranks.leave()

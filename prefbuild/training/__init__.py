@@ -34,7 +34,11 @@ class Run:
     work: Path  # where checkpoints go; a training goes on from the newest whole one found there
 
 
-def trainer(method: str) -> Callable[..., dict[str, Any]]:
-    """The function `train(settings, run)` of a method, which returns train.json's metrics. Only its module is imported."""
-    train: Callable[..., dict[str, Any]] = import_module(f"prefbuild.training.{MODULES[method]}").train
+def trainer(method: str, engine: str | None = None) -> Callable[..., dict[str, Any]]:
+    """The function `train(settings, run)` of a method, which returns train.json's metrics. Only its module is imported.
+
+    `engine` is DPO's: packed or trl, which None is too.
+    """
+    module = "packed" if engine == "packed" else MODULES[method]
+    train: Callable[..., dict[str, Any]] = import_module(f"prefbuild.training.{module}").train
     return train

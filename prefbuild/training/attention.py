@@ -108,7 +108,7 @@ def _varlen(query: Any, key: Any, value: Any, segments: Segments, scaling: float
 
 
 @cache
-def _gqa() -> dict[str, bool]:
+def _gqa() -> dict[str, Any]:
     """torch 2.11 shares key heads among query heads by itself; later versions want to be told."""
     from torch.nn.attention.varlen import varlen_attn
 

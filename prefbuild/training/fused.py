@@ -165,7 +165,7 @@ def dequantise(model: Any) -> int:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, Linear4bit):
             continue
-        state = layer.weight.quant_state
+        state = layer.weight.quant_state  # type: ignore[attr-defined]
         weight = dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype or torch.bfloat16)
         with torch.device("meta"):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)

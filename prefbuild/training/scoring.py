@@ -31,7 +31,9 @@ def score(model: Any, packed: Packed, *, statistics: bool = False, temperature: 
         use_cache=False,
         segments=packed.segments,
     ).last_hidden_state
-    return score_hidden(whole, hidden[0].index_select(0, packed.sources), packed.targets, statistics, temperature)
+    return score_hidden(
+        whole, hidden.squeeze(0).index_select(0, packed.sources), packed.targets, statistics, temperature
+    )
 
 
 def score_hidden(whole: Any, hidden: Any, targets: Any, statistics: bool = False, temperature: float = 1.0) -> Scores:
