@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from material import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,34 +69,6 @@ def timed(what: str, do: Any, *arguments: Any, **named: Any) -> None:
     start = time.monotonic()
     do(*arguments, **named)
     print(f"{what}: {time.monotonic() - start:.1f} s", file=sys.stderr)
-
-
-def make_model(folder: Path, tokenizer: Path, layers: int, hidden: int) -> None:
-    """Random weights in bf16 shards, with the tokenizer's files beside them."""
-    import torch
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
-    vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    config = MistralConfig(
-        vocab_size=max(32_002, len(vocabulary)),
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32 if hidden < 1024 else 32,
-        num_key_value_heads=hidden // 64 if hidden < 1024 else 8,
-        max_position_embeddings=32_768,
-        sliding_window=None,
-        bos_token_id=vocabulary.bos_token_id,
-        eos_token_id=vocabulary.eos_token_id,
-        # Small, as the weights of a trained 7B are: bf16 has so few digits that adding a young adapter to larger ones
-        # would change nothing.
-        initializer_range=0.003,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes minutes for 7B random numbers
-        model = MistralForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    vocabulary.save_pretrained(folder)
 
 
 def make_project(project: Path, base: Path, rows: Path, name: str, steps: int, gpus: int, settings: list[str]) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from material import make_model, read_pairs, write_rows
+
 from prefbuild.errors import PrefbuildError
 from prefbuild.launch import launch, record_failure
 from prefbuild.worker import die_with_parent
@@ -48,7 +50,7 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         asked.strategies = ["ddp"]
-    make_model(asked.folder / "model", asked.tokenizer, asked.layers, asked.hidden)
+    make_model(asked.folder / "model", asked.tokenizer, asked.layers, asked.hidden, spread=0.02)
     a_step = asked.batch * asked.accumulation
     prepare(asked.folder / "prepared", asked.folder / "model", asked.rows, asked.max_length, a_step)
     train = {
@@ -86,57 +88,19 @@ def main() -> int:
     return int(far > 0)
 
 
-def make_model(folder: Path, tokenizer: Path, layers: int, hidden: int) -> None:
-    """Random weights in bf16, with the tokenizer's files beside them."""
-    import torch
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
-    vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    config = MistralConfig(
-        vocab_size=max(32_000, len(vocabulary)),
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64 if hidden < 4096 else hidden // 128,
-        num_key_value_heads=hidden // 64 if hidden < 4096 else hidden // 512,
-        bos_token_id=vocabulary.bos_token_id,
-        eos_token_id=vocabulary.eos_token_id,
-        pad_token_id=vocabulary.pad_token_id,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = MistralForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    vocabulary.save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
-
-
 def prepare(folder: Path, model: Path, rows: Path, max_length: int, a_step: int) -> None:
-    """Prompt, chosen and rejected as token ids, as the prepare stage leaves them; every tenth row is held out.
+    """Rows as the prepare stage leaves them; every tenth is held out.
 
     To train on there are as many as make whole steps: the last step of a pass is otherwise filled up on several GPUs.
     """
-    from prefbuild.template import load_tokenizer, render_prompt
-
-    tokenizer = load_tokenizer(model)
-    folder.mkdir(parents=True)
-    parts: dict[str, list[str]] = {"train": [], "held_out": []}
-    for line in rows.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        texts = {"prompt": render_prompt(tokenizer, [*messages, {"role": "user", "content": row["question"]}])}
-        texts |= {part: f"{row[part]}{tokenizer.eos_token}\n" for part in ("chosen", "rejected")}
-        ids = {f"{part}_ids": tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-        if len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"])) <= max_length:
-            count = len(parts["train"]) + len(parts["held_out"])
-            parts["held_out" if count % 10 == 9 else "train"].append(json.dumps({**texts, **ids}) + "\n")
-    parts["train"] = parts["train"][: len(parts["train"]) // a_step * a_step]
-    if not parts["train"] or not parts["held_out"]:
+    pairs = read_pairs(model, rows, max_length)
+    held_out = pairs[9::10]
+    train = [pair for place, pair in enumerate(pairs) if place % 10 != 9]
+    train = train[: len(train) // a_step * a_step]
+    if not train or not held_out:
         raise SystemExit(f"{rows}: too few rows of at most {max_length} tokens for a step of {a_step}")
-    for name, lines in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-        print(f"{len(lines)} rows {name}", file=sys.stderr)
+    write_rows(folder, train, held_out)
+    print(f"{len(train)} rows to train on, {len(held_out)} held out", file=sys.stderr)
 
 
 def run(asked: argparse.Namespace, name: str, num: int, train: dict[str, Any]) -> dict[str, Any]:

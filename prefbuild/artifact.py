@@ -10,12 +10,15 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from prefbuild.errors import StageError
 
 MANIFEST = "manifest.json"
+HASHED_AT_ONCE = 4  # files: the shards of a large model are as many
 KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFIFO: "a FIFO",
@@ -87,12 +90,12 @@ def read_json(path: Path) -> Any:
         raise StageError(f"{path}: is not JSON: {error}") from None
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, dict[str, Any]]:
     """`{relative path: {size, sha256}}` of every file but the manifest.
 
     Raises StageError on links, devices, FIFOs, sockets and setuid files: an artifact is plain files and folders.
     """
-    files: dict[str, dict[str, Any]] = {}
+    paths: dict[str, Path] = {}
     for parent, folders, names in os.walk(folder, followlinks=False):
         for name in sorted(folders) + sorted(names):
             path = Path(parent, name)
@@ -105,8 +108,14 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
                 )
             relative = path.relative_to(folder).as_posix()
             if relative != MANIFEST:
-                files[relative] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    return dict(sorted(files.items()))
+                paths[relative] = path
+    paths = dict(sorted(paths.items()))
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        hashed = threads.map(sha256, paths.values())
+        return {
+            relative: {"size": path.stat().st_size, "sha256": digest}
+            for (relative, path), digest in zip(paths.items(), hashed, strict=True)
+        }
 
 
 def list_special(path: Path, *, hard_links: bool = False, any_owner: bool = False) -> list[str]:
@@ -140,9 +149,11 @@ def list_special(path: Path, *, hard_links: bool = False, any_owner: bool = Fals
     return found
 
 
-def write_manifest(folder: Path, *, stage: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, *, stage: str, name: str, inputs: dict[str, Any], sha256: Callable[[Path], str] = sha256_file
+) -> dict[str, Any]:
     """Hash every file of a folder and write its manifest. Returns the manifest."""
-    files = list_files(folder)
+    files = list_files(folder, sha256)
     manifest = {"digest": digest_of(files), "stage": stage, "name": name, "inputs": inputs, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest

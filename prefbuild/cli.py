@@ -272,6 +272,17 @@ def parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "what this machine lacks for a recipe", "prefbuild doctor smollm2-concise")
     sub.add_argument("name", metavar="NAME", help="the recipe")
 
+    sub = command(
+        "plan",
+        _plan,
+        "what of a recipe's training will fit a GPU, its micro-batches, memory and time",
+        "prefbuild plan my-model\n  prefbuild plan my-model --gpu H100\n  prefbuild plan my-model --gpu-memory 24GB --json",
+    )
+    sub.add_argument("name", metavar="NAME", help="the recipe")
+    sub.add_argument("--gpu", metavar="GPU", help="plan for this kind, as in H100; default: this machine's, measured")
+    sub.add_argument("--gpu-memory", metavar="SIZE", help="plan for so much memory, as in 80GB; default: what it has")
+    sub.add_argument("--json", action="store_true", help="for programs; bytes and seconds")
+
     command(
         "schema",
         _schema,
@@ -575,6 +586,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = doctor(_enter_project(), arguments.name)
     print(doctor_text(findings))
     return 1 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from prefbuild.forecast import forecast, forecast_json, forecast_text
+
+    found = forecast(_enter_project(), arguments.name, gpu=arguments.gpu, gpu_memory=arguments.gpu_memory)
+    print(forecast_json(found) if arguments.json else forecast_text(found))
+    return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:

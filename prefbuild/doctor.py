@@ -8,7 +8,6 @@ Not covered: how long a build takes, other programs that take memory meanwhile, 
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
@@ -28,17 +27,12 @@ from prefbuild.methods import BNB_OPTIMIZERS, SHAPES, PromptOptions, Train, Trai
 from prefbuild.recipe import Recipe, known_recipes
 from prefbuild.resolve import Project, load_project
 from prefbuild.runners import choose_runner
+from prefbuild.shape import BYTES, ModelShape, locked_files, root_base, shape_of
 from prefbuild.sources import node_id, title
 from prefbuild.status import lock_problems
 from prefbuild.track import how_to_install, not_installed
 
 OLDEST_PYTHON = (3, 11)
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Bits a weight in GGUF's formats, by what file names call them.
-GGUF_BITS = {
-    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_1": 6.0, "Q5_0": 5.5, "Q5_K": 5.5,
-    "Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.44, "Q2_K": 2.63,
-}  # fmt: skip
 # Bytes a trained weight that an optimizer keeps: Adam's two moments in 32 or 8 bits; SGD without momentum has none.
 STATE_BYTES = {
     "adamw_torch": 8,
@@ -67,18 +61,6 @@ class Finding:
     found: str
     needed: str = ""
     fix: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model's size. `source` says where the numbers are from; a guess says so."""
-
-    num_parameters: int
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +208,12 @@ def lock(project: Project, name: str) -> Finding:
 def fetched(project: Project, recipe: Recipe, runner: str, *, network: bool) -> list[Finding]:
     """What is still to be downloaded, whether the Hub gives it, and, if asked, whether the index has it."""
     findings = []
-    for folder, sources in (("models", [_base(project, recipe)]), ("data", list(recipe.data.sources))):
+    for folder, sources in (("models", [root_base(project, recipe)]), ("data", list(recipe.data.sources))):
         for source in [each.model_dump(mode="json") for each in sources]:
             node = node_id(source)
             if source["source"] == "file" or (project.root / "build" / folder / node / "manifest.json").exists():
                 continue
-            size = sum(file["size"] for file in _files(project, node))
+            size = sum(file["size"] for file in locked_files(project, node))
             found = f"{title(source)}: not fetched yet" + (f", {_gigabytes(size)} and more to download" if size else "")
             if source["source"] == "hub":
                 findings.append(_from_hub(project, source, runner, found))
@@ -340,11 +322,11 @@ def promotion(recipe: Recipe) -> list[Finding]:
 # ---- disk
 
 
-def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
+def disk(project: Project, name: str, shape: ModelShape) -> list[Finding]:
     """Free space against what the build leaves, and whether DVC can link instead of copy."""
     root = project.root.resolve()
     recipe = project.recipes[name]
-    base = _base(project, recipe)
+    base = root_base(project, recipe)
     node = node_id(base.model_dump(mode="json"))
     findings = []
     cache, types = _cache(root)
@@ -356,7 +338,7 @@ def disk(project: Project, name: str, shape: Shape) -> list[Finding]:
     lasting, passing = disk_need(
         weights=shape.num_parameters * BYTES[base.dtype],
         trained=4 * num_trained_parameters(recipe.train, shape),
-        download=sum(file["size"] for file in _files(project, node)) * (1 if base.source == "file" else 2),
+        download=sum(file["size"] for file in locked_files(project, node)) * (1 if base.source == "file" else 2),
         fetched=recipe.base.source == "recipe" or (root / "build/models" / node / "manifest.json").exists(),
     )
     # Without links every result is in the project and in the cache.
@@ -463,7 +445,7 @@ def computes_in_bf16(recipe: Recipe, gpus: list[Gpu]) -> bool:
     return bool(gpus) or bool(cpu_bf16())
 
 
-def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -> list[Finding]:
+def processor(recipe: Recipe, gpus: list[Gpu], shape: ModelShape, *, idle: int = 0) -> list[Finding]:
     """GPU or CPU, its bf16, and an optimizer that runs there. `gpus` are those the recipe uses, `idle` the others."""
     findings = []
     tools = [tool for tool in GPU_TOOLS if shutil.which(tool)]
@@ -505,7 +487,7 @@ def processor(recipe: Recipe, gpus: list[Gpu], shape: Shape, *, idle: int = 0) -
     return findings
 
 
-def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
+def _cpu_finding(recipe: Recipe, shape: ModelShape) -> Finding:
     bf16 = cpu_bf16()
     kind = f"CPU, {os.cpu_count()} cores, {'bf16 by ' + min(bf16) if bf16 else 'no bf16 instructions'}; no GPU"
     if recipe.train.precision == "bf16" and not bf16:
@@ -525,7 +507,7 @@ def _cpu_finding(recipe: Recipe, shape: Shape) -> Finding:
     return Finding(what="processor", state="ok", found=kind)
 
 
-def memory(recipe: Recipe, gpus: list[Gpu], shape: Shape) -> Finding:
+def memory(recipe: Recipe, gpus: list[Gpu], shape: ModelShape) -> Finding:
     """Free memory (the largest GPU's, of several the smallest's, else the machine's) against the estimate for training."""
     bf16 = computes_in_bf16(recipe, gpus)
     longest = longest_row(recipe)
@@ -562,7 +544,7 @@ def longest_row(recipe: Recipe) -> int:
     return recipe.data.max_length
 
 
-def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number: int) -> int:
+def memory_need(train: Train, shape: ModelShape, *, max_length: int, bytes_per_number: int) -> int:
     """Bytes that training takes at most, roughly: the sum of
 
     weights       of the base under an adapter: parameters x bytes, less when quantised
@@ -597,7 +579,7 @@ def memory_need(train: Train, shape: Shape, *, max_length: int, bytes_per_number
     )
 
 
-def weight_bytes(train: TrainOptions, shape: Shape, bytes_per_number: int) -> int:
+def weight_bytes(train: TrainOptions, shape: ModelShape, bytes_per_number: int) -> int:
     """Bytes of the base as it is loaded: float32 where all weights are trained.
 
     NF4 is 4 bits a weight and a float32 scale for each 64, of all but embeddings and lm_head.
@@ -618,7 +600,7 @@ def has_second_model(train: Train) -> bool:
     return asks and not train.use_peft
 
 
-def num_trained_parameters(train: TrainOptions, shape: Shape) -> int:
+def num_trained_parameters(train: TrainOptions, shape: ModelShape) -> int:
     """All weights, or those of a LoRA adapter on all linear layers (at most; named target_modules are fewer)."""
     if not train.use_peft:
         return shape.num_parameters
@@ -639,105 +621,6 @@ def machine_memory() -> tuple[int, int]:
     if limit.isdigit() and int(limit) < total:
         total, free = int(limit), min(free, int(limit) - used)
     return total, free
-
-
-# ---- how large the model is
-
-
-def shape_of(project: Project, recipe: Recipe) -> Shape:
-    """The base's shape: from its config where that is on disk, from a GGUF's header, else guessed from file sizes."""
-    base = _base(project, recipe)
-    source = base.model_dump(mode="json")
-    node = node_id(source)
-    fetched = project.root / "build/models" / node
-    path = project.root / source.get("path", "")
-    if (fetched / "config.json").exists():
-        return _shape_of_checkpoint(fetched)
-    if base.source == "file" and (path / "config.json").exists():
-        return _shape_of_checkpoint(path)
-    if base.source == "file" and path.suffix == ".gguf" and path.is_file():
-        return _shape_of_gguf(path)
-    files = {file["path"]: file["size"] for file in _files(project, node)}
-    weights = {name: size for name, size in files.items() if name.endswith((".safetensors", ".gguf", ".bin"))}
-    if not weights:
-        return guess_shape(0, "its size is unknown, because the base is not pinned")
-    num_bits = min(gguf_bits(name) if name.endswith(".gguf") else 8 * BYTES[base.dtype] for name in weights)
-    return guess_shape(int(sum(weights.values()) * 8 / num_bits), "a guess from the size of the locked file")
-
-
-def gguf_bits(name: str) -> float:
-    """Bits a weight by a GGUF's file name; 4.5 where it does not say, so that a guess is rather too large."""
-    found = [bits for kind, bits in GGUF_BITS.items() if re.search(rf"(?i)(?<![a-z0-9]){kind}(?![0-9])", name)]
-    return found[0] if found else 4.5
-
-
-def guess_shape(num_parameters: int, source: str) -> Shape:
-    """A usual transformer of that many weights: 12 x layers x hidden^2 of them, hidden = 64 x layers, 100k words."""
-    hidden = int((64 * max(num_parameters, 1) / 12) ** (1 / 3))
-    return Shape(
-        num_parameters=num_parameters,
-        hidden=hidden,
-        layers=max(1, math.ceil(hidden / 64)),
-        intermediate=3 * hidden,
-        vocabulary=100_000,
-        source=source,
-    )
-
-
-def _shape_of_checkpoint(folder: Path) -> Shape:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    guess = guess_shape(sum(map(_num_elements, folder.glob("*.safetensors"))), "by the model's config")
-    hidden = config.get("hidden_size", guess.hidden)
-    return Shape(
-        num_parameters=guess.num_parameters,
-        hidden=hidden,
-        layers=config.get("num_hidden_layers", guess.layers),
-        intermediate=config.get("intermediate_size") or 4 * hidden,
-        vocabulary=config.get("vocab_size", guess.vocabulary),
-        source=guess.source,
-    )
-
-
-def _num_elements(path: Path) -> int:
-    """Numbers in a safetensors file, from its header."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
-
-
-def _shape_of_gguf(path: Path) -> Shape:
-    from gguf import GGUFReader
-
-    reader: Any = GGUFReader(str(path))
-    guess = guess_shape(sum(int(tensor.n_elements) for tensor in reader.tensors), "by the GGUF's header")
-
-    def field(key: str, default: int) -> int:
-        found = next((value for name, value in reader.fields.items() if name.endswith(f".{key}")), None)
-        return int(found.contents()) if found is not None else default
-
-    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
-    return Shape(
-        num_parameters=guess.num_parameters,
-        hidden=field("embedding_length", guess.hidden),
-        layers=field("block_count", guess.layers),
-        intermediate=field("feed_forward_length", guess.intermediate),
-        vocabulary=int(max(embedding.shape)) if embedding is not None else guess.vocabulary,
-        source=guess.source,
-    )
-
-
-def _base(project: Project, recipe: Recipe) -> Any:
-    """The file, wheel or repository at the root of a recipe's base: a merged model has its base's shape."""
-    while recipe.base.source == "recipe":
-        recipe = project.recipes[recipe.base.recipe]
-    return recipe.base
-
-
-def _files(project: Project, node: str) -> list[dict[str, Any]]:
-    """The locked files of a source; none when it is not pinned."""
-    files: list[dict[str, Any]] = project.lock["sources"].get(node, {}).get("files", [])
-    return files
 
 
 # ---- containers

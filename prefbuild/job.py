@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import digest_of, input_digest, list_special, read_json
+from prefbuild.dvc_state import tell_dvc
 from prefbuild.errors import StageError, UsageError
 from prefbuild.resolve import STAGE_VERSIONS, Section, resolved_path
 from prefbuild.track import TRACKING
@@ -154,6 +155,7 @@ def run_job(job: Job, run: Runner) -> int:
         code = run(job)
         if code == 0:
             refuse_special(job.outputs)
+            tell_dvc(job.outputs, job.work)
             shutil.rmtree(job.work.parent, ignore_errors=True)
     return code
 

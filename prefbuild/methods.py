@@ -312,6 +312,15 @@ class SimPO(TrainOptions):
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped.")
 
 
+class Rollout(Strict):
+    """What writes the completions."""
+
+    engine: Literal["graph", "vllm", "hf"] = Field(
+        description="graph: prefbuild's own decoding of llama-like models, as CUDA graphs on a GPU, where a prompt is "
+        "computed once for its completions. vllm: vLLM, where it is installed. hf: transformers' generate, as TRL has it."
+    )
+
+
 class PromptOptions(TrainOptions):
     """What methods on prompts share: the model writes several completions a prompt, and rewards score them.
 
@@ -336,6 +345,15 @@ class PromptOptions(TrainOptions):
     mask_truncated_completions: bool = Field(
         default=False, description="Leave completions that were clipped out of the loss, as DAPO does."
     )
+    rollout: Rollout | None = Field(
+        default=None, description="What writes the completions. Default: graph where it can; see docs/speed.md."
+    )
+
+    @model_validator(mode="after")
+    def _graph_applies(self) -> "PromptOptions":
+        if self.rollout is not None and self.rollout.engine == "graph" and (reason := why_no_graph(self)):
+            raise Wrong("rollout", f"is graph, {reason}, or write engine: hf")
+        return self
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "PromptOptions":
@@ -566,8 +584,23 @@ def why_not_packed(train: DPO, strategy: str | None = None) -> str | None:
     return None
 
 
+def why_no_graph(train: PromptOptions, strategy: str | None = None) -> str | None:
+    """What of these settings decoding with graphs has not, and what to change; None where it can write completions.
+
+    `strategy` is compute.strategy. What model it is, is seen when it is loaded.
+    """
+    if train.use_peft and train.lora.use_dora:
+        return "which merges adapters as LoRA has them; leave out use_dora"
+    if strategy in ("fsdp", "zero3"):
+        return f"which needs all weights on each GPU, and compute.strategy is {strategy}; write strategy: ddp"
+    return None
+
+
 def with_engine(train: Any, strategy: str | None) -> Any:
     """The same settings with the engine that trains them, where a method has more than one."""
+    if isinstance(train, PromptOptions) and train.rollout is None:
+        engine: Literal["graph", "hf"] = "hf" if why_no_graph(train, strategy) else "graph"
+        return train.model_copy(update={"rollout": Rollout(engine=engine)})
     if not isinstance(train, DPO) or train.engine is not None:
         return train
     return train.model_copy(update={"engine": "trl" if why_not_packed(train, strategy) else "packed"})
@@ -593,6 +626,8 @@ def train_settings(train: Any) -> dict[str, Any]:
         del told["reference"]
     if train.method == "dpo" and train.engine != "packed":
         del told["engine"]
+    if isinstance(train, PromptOptions) and (train.rollout is None or train.rollout.engine == "hf"):
+        del told["rollout"]
     return told
 
 

@@ -33,6 +33,7 @@ from prefbuild.methods import (
     reference_recipe,
     split_batch,
     train_metrics,
+    why_no_graph,
     why_not_packed,
 )
 from prefbuild.rewards.schema import ModelReward
@@ -690,6 +691,10 @@ def _compute_problems(compute: Compute, train: Train) -> Iterator[tuple[Loc, str
         return
     if train.method == "dpo" and train.engine == "packed" and (reason := why_not_packed(train, compute.strategy)):
         yield ("train", "engine"), f"is packed, {reason}, or write engine: trl"
+    prompted = train if isinstance(train, PromptOptions) else None
+    wants_graph = prompted and prompted.rollout and prompted.rollout.engine == "graph"
+    if prompted and wants_graph and (reason := why_no_graph(prompted, compute.strategy)):
+        yield ("train", "rollout"), f"is graph, {reason}, or write engine: hf"
     if not train.use_peft:
         yield (
             ("compute", "strategy"),

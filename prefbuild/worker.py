@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefbuild.artifact import input_digest, write_manifest
+from prefbuild.digests import Digests
 from prefbuild.errors import PrefbuildError, StageError, UsageError
 from prefbuild.job import NETWORK_STAGES, make_job, read_section
 from prefbuild.launch import is_rank, launch, record_failure
@@ -100,9 +101,11 @@ def run_stage(stage: str, name: str) -> None:
             "raise compute.memory, or lower the batch size"
         )
     digests = {} if stage in NETWORK_STAGES else {role: _digest(value) for role, value in inputs.items()}
+    hashed = Digests(work)  # the stage may have hashed files while it wrote them
     for role, path in outputs.items():
         if path.is_dir() and role not in ("plots", "report"):
-            write_manifest(path, stage=stage, name=name, inputs=digests)
+            write_manifest(path, stage=stage, name=name, inputs=digests, sha256=hashed.sha256)
+    hashed.save()
     print(f"prefbuild: {stage} {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 

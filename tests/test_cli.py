@@ -10,7 +10,7 @@ from project import ROOT, run
 HEAVY = ("torch", "pydantic", "dvc", "transformers", "yaml", "numpy", "lm_eval", "huggingface_hub")
 COMMANDS = (
     "new", "check", "lock", "sync", "status", "preview", "build", "gates", "diff", "generate", "promote", "doctor",
-    "schema", "resolve", "stage", "clean", "image", "reward", "track",
+    "schema", "resolve", "stage", "clean", "image", "reward", "track", "plan",
 )  # fmt: skip
 
 

@@ -16,19 +16,15 @@ from prefbuild import doctor as module
 from prefbuild.doctor import (
     Finding,
     Gpu,
-    Shape,
     disk_need,
     doctor,
     doctor_text,
-    gguf_bits,
-    guess_shape,
     longest_row,
     memory,
     memory_need,
     num_trained_parameters,
     packages,
     processor,
-    shape_of,
     weight_bytes,
 )
 from prefbuild.errors import UsageError
@@ -36,18 +32,24 @@ from prefbuild.lock import lock
 from prefbuild.methods import DPO, METHODS
 from prefbuild.recipe import Compute, Recipe, load_recipes
 from prefbuild.resolve import load_project
+from prefbuild.shape import ModelShape, shape_of
 from prefbuild.track import MODULES
 
-SMOLLM2 = Shape(
+SMOLLM2 = ModelShape(
     num_parameters=134_515_008,
     hidden=576,
     layers=30,
     intermediate=1536,
     vocabulary=49_152,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    tied=True,
     source="by the model's config",
 )
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 10,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 
 
@@ -359,9 +361,10 @@ def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(tmp_path: Path) 
 
 def test_a_checkpoints_shape_is_read(project: Path) -> None:
     loaded = load_project(project)
-    assert shape_of(loaded, loaded.recipes["a"]) == Shape(
-        num_parameters=104, hidden=8, layers=2, intermediate=16, vocabulary=10, source="by the model's config"
-    )
+    assert shape_of(loaded, loaded.recipes["a"]) == ModelShape(
+        num_parameters=104, hidden=8, layers=2, intermediate=16, vocabulary=10, heads=4, kv_heads=2, head_dim=2,
+        tied=False, source="by the model's config",
+    )  # fmt: skip
 
 
 def test_a_ggufs_header_is_read(project: Path) -> None:
@@ -373,6 +376,8 @@ def test_a_ggufs_header_is_read(project: Path) -> None:
     writer.add_embedding_length(8)
     writer.add_block_count(3)
     writer.add_feed_forward_length(20)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
     writer.add_tensor("token_embd.weight", numpy.zeros((50, 8), "f4"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -380,9 +385,10 @@ def test_a_ggufs_header_is_read(project: Path) -> None:
     writer.close()
     edit(project / "recipes/a.yaml", "path: models/tiny", "path: models/small.gguf")
     loaded = load_project(project)
-    assert shape_of(loaded, loaded.recipes["a"]) == Shape(
-        num_parameters=400, hidden=8, layers=3, intermediate=20, vocabulary=50, source="by the GGUF's header"
-    )
+    assert shape_of(loaded, loaded.recipes["a"]) == ModelShape(
+        num_parameters=400, hidden=8, layers=3, intermediate=20, vocabulary=50, heads=4, kv_heads=2, head_dim=2,
+        tied=True, source="by the GGUF's header",
+    )  # fmt: skip
 
 
 def test_a_merged_model_has_its_bases_shape(project: Path) -> None:
@@ -398,20 +404,6 @@ def test_a_locked_file_that_is_not_there_gives_a_guess() -> None:
     shape = shape_of(dataclasses.replace(loaded, root=Path("/nowhere")), recipe)
     assert shape.source == "a guess from the size of the locked file"
     assert shape.num_parameters == pytest.approx(135e6, rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("name", "bits"),
-    [("x.Q4_1.gguf", 5.0), ("m-q8_0.gguf", 8.5), ("m-BF16.gguf", 16.0), ("m.f32.gguf", 32.0), ("m-Q4_K_M.gguf", 4.5),
-     ("m.gguf", 4.5)],
-)  # fmt: skip
-def test_a_ggufs_name_says_its_bits(name: str, bits: float) -> None:
-    assert gguf_bits(name) == bits
-
-
-def test_a_guess_adds_up() -> None:
-    shape = guess_shape(7_000_000_000, "")
-    assert 12 * shape.layers * shape.hidden**2 == pytest.approx(7e9, rel=0.05)
 
 
 # ---- Docker

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from prefbuild.errors import RecipeError
-from prefbuild.methods import METHODS, PromptOptions, reward_columns, reward_files, train_metrics
+from prefbuild.methods import (
+    METHODS,
+    PromptOptions,
+    reward_columns,
+    reward_files,
+    train_metrics,
+    train_settings,
+    with_engine,
+)
 from prefbuild.recipe import Defaults, load_recipe
 
 RECIPE = """\
@@ -117,6 +125,12 @@ def test_a_reward_that_can_not_be_meant(tmp_path: Path, method: str, reward: str
         ),
         ("grpo", "max_prompt_length: 9", "max_prompt_length: unknown key; it belongs in data"),
         ("grpo", "normalize_advantages: true", "normalize_advantages: does not go with this"),
+        ("grpo", "rollout: {engine: grpah}", "rollout.engine: 'grpah' is not known; did you mean graph?"),
+        (
+            "rloo",
+            "rollout: {engine: graph}\nlora: {use_dora: true}",
+            "rollout: is graph, which merges adapters as LoRA has them; leave out use_dora, or write engine: hf",
+        ),
         ("rloo", "reward_clip_range: [3, 1]", "reward_clip_range: is [3, 1]; the lower bound goes first"),
     ],
 )
@@ -149,3 +163,19 @@ def test_columns_files_and_metrics_are_those_of_the_rewards(tmp_path: Path) -> N
 def test_a_section_of_train_is_read_as_it_was_written(tmp_path: Path, method: str) -> None:
     train = load_recipe(write(tmp_path, method=method), Defaults()).train
     assert METHODS[method].model_validate(train.model_dump(mode="json", by_alias=True)) == train
+
+
+def test_graphs_write_completions_where_they_can(tmp_path: Path) -> None:
+    def engine(setting: str, strategy: str | None = None) -> str:
+        train = with_engine(load_recipe(write(tmp_path, setting=setting), Defaults()).train, strategy)
+        return train_settings(train).get("rollout", {"engine": "hf"})["engine"]
+
+    assert engine("") == engine("", "ddp") == "graph"
+    assert engine("", "fsdp") == engine("lora: {use_dora: true}") == engine("rollout: {engine: hf}") == "hf"
+    assert engine("rollout: {engine: vllm}", "fsdp") == "vllm"
+    text = write(tmp_path, setting="rollout: {engine: graph}").read_text() + "compute: {gpus: 2, strategy: fsdp}\n"
+    (tmp_path / "first.yaml").write_text(text)
+    with pytest.raises(
+        RecipeError, match=r"train.rollout: is graph, which needs all weights on each GPU, and compute."
+    ):
+        load_recipe(tmp_path / "first.yaml", Defaults())

@@ -11,7 +11,7 @@ from project import ROOT, run
 
 from prefbuild import yamlfile
 from prefbuild.lock import LOCK
-from prefbuild.methods import GRPO
+from prefbuild.methods import GRPO, with_engine
 from prefbuild.recipe import Recipe, data_settings, load_defaults, load_recipe
 from prefbuild.stages.prepare import prepare
 
@@ -77,7 +77,7 @@ def test_it_locks_against_repositories_of_those_names_and_shapes(
     run(project, "prefbuild", "sync", HF_HUB_OFFLINE="1")
     run(project, "prefbuild", "resolve", HF_HUB_OFFLINE="1")
     section = json.loads((project / "build/.resolved/smolgrpo.json").read_text())["train"]
-    assert GRPO.model_validate(section["settings"]["train"]) == recipe.train
+    assert GRPO.model_validate(section["settings"]["train"]) == with_engine(recipe.train, None)
 
 
 def test_posts_become_prompts(recipe: Recipe, smollm2: Path, real_data: Path, tmp_path: Path) -> None:

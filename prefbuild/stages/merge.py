@@ -3,6 +3,7 @@
 The merged weights are the base's in its own number format, so they are rounded once more than base and adapter
 apart. What is measured is what that rounding did: both are loaded from disk in float32 and compared on fixed prompts.
 Of a reward model the rewards of fixed answers are compared instead.
+The base is verified while it is merged, and the merged files are hashed while they are written (prefbuild/merging.py).
 Covered: LoRA, rsLoRA and DoRA as PEFT merges them, tied embeddings, and all weights trained in float32 (input `trained`
 instead of `adapter`). Not covered: quantised bases, which PEFT would quantise a second time, and several adapters at
 once.
@@ -11,14 +12,20 @@ once.
 import math
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import read_json, verify_artifact, write_json
+from prefbuild.artifact import read_json, read_manifest, verify_artifact, write_json
+from prefbuild.digests import Digest, Digests
 from prefbuild.errors import StageError
+from prefbuild.merging import NotCovered, refuse_tied, stream_merge
 from prefbuild.rows import Message
 from prefbuild.template import load_tokenizer, render_prompt, tokenize
+from prefbuild.tensors import FORMATS, find_tensors, read_tensor
 
 NUM_NEW_TOKENS = 16
 # Questions, code, other scripts, digits: tokens that differ in what the model does with them.
@@ -37,6 +44,7 @@ ANSWERS = ("I don't know.", "Yes, and here is why: it follows from what you say,
 # What a checkpoint has beside its weights: copied from the base as it is. config.json is written with the weights.
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_COPIED = {"config.json", "manifest.json", "adapter_config.json", "trainer_state.json"}
+MAX_SHARD_SIZE = "50GB"  # transformers' own
 # Bits of a float32's mantissa that a shorter format has not.
 LOST_BITS = {"torch.bfloat16": 16, "torch.float16": 13}
 
@@ -52,16 +60,23 @@ def run(
 
     check_pair(model, trained)
     if "max_reward_difference" in settings["merge"]:
+        verify_artifact(model)
         check_adapter(trained)
         write_json(outputs["metrics"], merge_reward_model(model, trained, merged, **settings["merge"]))
         return
     max_kl = settings["merge"]["max_kl"]
-    if full:
-        check_weights(model, trained)
-        round_weights(model, trained, merged)
-    else:
-        check_adapter(trained)
-        merge(model, trained, merged)
+    with verified(model):
+        if full:
+            check_weights(model, trained)
+            round_weights(model, trained, merged)
+            digests = {}
+        else:
+            check_adapter(trained)
+            digests = merge(model, trained, merged)
+    hashed = Digests(work)
+    for path, digest in digests.items():
+        hashed.add(path, digest)
+    hashed.save()
     result = compare(model, trained, merged, full=full)
 
     print(
@@ -99,8 +114,11 @@ def run(
 
 
 def check_pair(model: Path, trained: Path) -> None:
-    """StageError unless this was trained on exactly this base, both are whole, and the base is not quantised."""
-    base_digest = verify_artifact(model)["digest"]
+    """StageError unless this was trained on exactly this base and is whole, and the base is not quantised.
+
+    Whether the base is whole is left to `verified`.
+    """
+    base_digest = read_manifest(model)["digest"]
     trained_on = verify_artifact(trained)["inputs"].get("model")
     if trained_on != base_digest:
         raise StageError(
@@ -112,6 +130,20 @@ def check_pair(model: Path, trained: Path) -> None:
             f"{model / 'config.json'}: the base is quantised, and merging would quantise the trained weights again; "
             "give the recipe a base in bfloat16, float16 or float32"
         )
+
+
+@contextmanager
+def verified(model: Path) -> Iterator[None]:
+    """Hash every file of the base while it is used, so that the disk gives its bytes once. StageError when one differs.
+
+    That error comes before whatever a broken base did to its user.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        manifest = thread.submit(verify_artifact, model)
+        try:
+            yield
+        finally:
+            manifest.result()
 
 
 def check_adapter(adapter: Path) -> None:
@@ -139,15 +171,24 @@ def check_weights(model: Path, trained: Path) -> None:
     """StageError when trained weights are not finite numbers, or are all those of the base."""
     import torch
 
-    before, after = _load(model, "auto").state_dict(), _load(trained, "auto").state_dict()
-    for key, tensor in after.items():
-        if not tensor.isfinite().all():
-            raise StageError(f"{trained}: {key} holds NaN or infinity; train again with a lower learning_rate")
-    shapes = [{key: tensor.shape for key, tensor in weights.items()} for weights in (before, after)]
+    # Places in files, of which one tensor after the other is read; or, where names differ, tensors in memory.
+    before: dict[str, Any] = find_tensors(model)
+    after: dict[str, Any] = find_tensors(trained)
+    read: Callable[[Any], Any] = read_tensor
+    if before.keys() != after.keys() or {place.format for place in [*before.values(), *after.values()]} - set(FORMATS):
+        before, after = _load(model, "auto").state_dict(), _load(trained, "auto").state_dict()
+        read = torch.Tensor.detach
+    shapes = [{key: weight.shape for key, weight in weights.items()} for weights in (before, after)]
     if shapes[0] != shapes[1]:
         keys = sorted(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
         raise StageError(f"{trained}: {keys[0]} is not shaped as in {model}; run `dvc repro` to train on this base")
-    if all(torch.equal(before[key].to(tensor.dtype), tensor) for key, tensor in after.items()):
+    same = True
+    for key in after:
+        tensor = read(after[key])
+        if not tensor.isfinite().all():
+            raise StageError(f"{trained}: {key} holds NaN or infinity; train again with a lower learning_rate")
+        same = same and torch.equal(read(before[key]).to(tensor.dtype), tensor)
+    if same:
         raise StageError(
             f"{trained}: all {len(after)} weights are those of {model}, as before training; "
             "look at the loss and grad_norm in train.json"
@@ -163,8 +204,11 @@ def round_weights(model: Path, trained: Path, merged: Path) -> None:
     StageError when a weight is too large for that format.
     """
     import torch
+    from transformers import AutoConfig
 
-    dtype = _load(model, "auto").dtype
+    dtype = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).dtype
+    if not isinstance(dtype, torch.dtype):  # it is that of the weights
+        dtype = _load(model, "auto").dtype
     exact, whole = _load(trained, torch.float32), _load(trained, dtype)
     if str(dtype) in LOST_BITS:
         _round_all(exact, whole, trained)
@@ -202,23 +246,31 @@ def round_at_random(weights: Any, dtype: Any, generator: Any) -> Any:
     return bits.view(torch.float32).to(dtype)
 
 
-def merge(model: Path, adapter: Path, merged: Path) -> None:
+def merge(model: Path, adapter: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> dict[Path, Digest]:
     """Write base and adapter as one checkpoint: safetensors in the base's number format, and the base's other files.
 
-    On the CPU, whatever the machine has, so that the bytes do not depend on the kind of GPU.
+    Returns the digests of the files that were hashed while they were written. On the CPU, whatever the machine has, so that
+    the bytes do not depend on the kind of GPU; hashing takes longer than adding anyway.
     """
+    try:
+        digests = stream_merge(model, adapter, merged, max_shard_size)
+    except NotCovered as why:
+        print(f"merge: the whole model is loaded, since {why}", file=sys.stderr)
+        merge_whole(model, adapter, merged, max_shard_size)
+        return {}
+    copy_text_files(model, merged)
+    return digests
+
+
+def merge_whole(model: Path, adapter: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """As `merge`, by PEFT, with the whole model in memory."""
     import peft
 
     base = _load(model, "auto")
     tied = _tied(base)
     pair = peft.PeftModel.from_pretrained(base, adapter)
-    embeddings = base.get_input_embeddings(), base.get_output_embeddings()
-    if tied and any(type(layer).__module__.startswith("peft.") for layer in embeddings):
-        raise StageError(
-            f"{adapter}: adapts an embedding that {model} uses as input and as output; merging would change both, "
-            "though one was trained. Leave the embeddings and lm_head out of lora.target_modules"
-        )
-    _save(_merged(pair, model, adapter), model, merged)
+    refuse_tied(base, model, adapter, tied)
+    _save(_merged(pair, model, adapter), model, merged, max_shard_size)
 
 
 def _merged(pair: Any, model: Path, adapter: Path) -> Any:
@@ -228,14 +280,14 @@ def _merged(pair: Any, model: Path, adapter: Path) -> Any:
         raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
 
 
-def _save(whole: Any, model: Path, merged: Path) -> None:
+def _save(whole: Any, model: Path, merged: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     from transformers import GenerationConfig
 
     if (model / "generation_config.json").exists():
         # The base's own file is copied below; saving it here would fail on many that people publish
         # (a temperature without do_sample, say).
         whole.generation_config = GenerationConfig()
-    whole.save_pretrained(merged)
+    whole.save_pretrained(merged, max_shard_size=max_shard_size)
     copy_text_files(model, merged)
     for path in merged.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors makes files that only their owner may read
@@ -287,7 +339,7 @@ def compare(model: Path, trained: Path, merged: Path, *, full: bool = False) -> 
     answers, tied = (_of_weights if full else _of_adapter)(model, trained, device)
     torch.cuda.empty_cache()
 
-    one = _load(merged, torch.float32).to(device).eval()
+    one = _load(merged, torch.float32, device).eval()
     if _tied(one) != tied:
         raise StageError(
             f"{merged}: input and output embeddings are {'not ' * tied}one tensor, "
@@ -314,7 +366,7 @@ def _of_adapter(model: Path, adapter: Path, device: str) -> tuple[list[_Answer],
     import peft
     import torch
 
-    base = _load(model, torch.float32)
+    base = _load(model, torch.float32, device)
     tied = _tied(base)
     pair = peft.PeftModel.from_pretrained(base, adapter).to(device).eval()
     answers = []
@@ -331,13 +383,13 @@ def _of_weights(model: Path, trained: Path, device: str) -> tuple[list[_Answer],
     """What the trained weights say to the prompts, and whether the base ties its embeddings."""
     import torch
 
-    whole = _load(trained, torch.float32).to(device).eval()
+    whole = _load(trained, torch.float32, device).eval()
     said = []
     for ids in _prompt_ids(model):
         continued = _continue(whole, ids)
         said.append((continued, len(ids), _logits(whole, continued)))
     del whole  # or two models in float32 would be in memory
-    base = _load(model, torch.float32).to(device).eval()
+    base = _load(model, torch.float32, device).eval()
     answers = [
         _Answer(ids=ids, num_prompt=length, logits=logits, kl_of_base=_kl(logits, _logits(base, ids)))
         for ids, length, logits in said
@@ -345,11 +397,14 @@ def _of_weights(model: Path, trained: Path, device: str) -> tuple[list[_Answer],
     return answers, _tied(base)
 
 
-def _load(folder: Path, dtype: Any) -> Any:
+def _load(folder: Path, dtype: Any, device: str = "cpu") -> Any:
+    """The model on a device, each tensor sent there as it is read, so that it is never whole in the machine's memory."""
     from transformers import AutoModelForCausalLM
 
+    # With a map, even of nothing but the CPU, transformers takes a model for an offloaded one when it saves it.
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **where
     )
 
 

@@ -55,7 +55,7 @@ def train(settings: GRPO, run: Run) -> dict[str, Any]:
 
     # ---- train
     checkpoint = newest_checkpoint(run.work, settings.use_peft)
-    trainer = as_prepared(GRPOTrainer)(
+    trainer = as_prepared(GRPOTrainer, settings)(
         model=load_policy(settings, run.model, bf16),
         args=arguments,
         reward_funcs=prompts.reward_funcs(),

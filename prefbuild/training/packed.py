@@ -40,24 +40,10 @@ from prefbuild.training.packed_model import (
     without_dropout,
 )
 from prefbuild.training.packed_pairs import Bin, Pairs, StepLoader, Steps
-from prefbuild.training.prepared import LogProbs, Row, in_parts, read_pairs, rows_of_a_run
+from prefbuild.training.planned import plan_run
+from prefbuild.training.prepared import LogProbs, Row, in_parts, read_pairs, rows_of_a_run, steps_of_a_run
 from prefbuild.training.reference import check_tokenizer, reference_checks
 from prefbuild.training.scoring import score
-
-
-def token_budget(model: Any) -> int:
-    """Tokens that go through a model at once with a gradient."""
-    if not next(model.parameters()).is_cuda:
-        return 8192
-    text = model.config.get_text_config()
-    hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    a_token = 2 * layers * (5 * hidden + 3 * wide + 3 * hidden // 4) * 1.2
-    weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    total = torch.cuda.get_device_properties(0).total_memory
-    return int((0.9 * total - weights - 4e9) / a_token)
-
-
-# ---- train
 
 
 class PackedTrainer(Trainer):
@@ -100,7 +86,8 @@ class PackedTrainer(Trainer):
         rows, bins = inputs
         model.train()
         total = self.sum_up(bins, backward=True)
-        self.ahead = self.next_step()
+        if self.state.global_step + 1 < self.state.max_steps:  # of later rows the reference is not known
+            self.ahead = self.next_step()
         ranks.sum_gradients(self.model)
         ranks.add_up(total)
         self.logged.append(total)
@@ -233,7 +220,12 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
 
     # ---- model
     checkpoint = newest_checkpoint(run.work, settings.use_peft)
-    model = load_model(settings, run.model, bf16)
+    sizes = [tuple(len(row[f"{part}_ids"]) for part in PARTS["pairs"]) for row in train_rows]
+    steps = steps_of_a_run(settings, run.seed, len(train_rows))
+    plan = plan_run(settings, run.model, [[sizes[index] for index in step] for step in steps], bf16)
+    model = load_model(settings, run.model, bf16, dequantised=plan.dequantise)
+    if plan.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.use_peft:
         model = get_peft_model(model, lora_config(settings))
     if settings.disable_dropout:
@@ -247,7 +239,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
                 reference = with_progress(run.name, scored, token_log_probs(model, parts))
 
     # ---- train
-    pairs = partial(Pairs, settings=settings, budget=token_budget(model))
+    pairs = partial(Pairs, settings=settings, budget=plan.token_budget)
     trainer = PackedTrainer(
         pairs=pairs(rows=train_rows, log_probs=dict(zip(used, reference, strict=False))),
         model=model,

@@ -74,8 +74,8 @@ def autocast(model: Any, bf16: bool) -> Any:
 # ---- the model
 
 
-def load_model(settings: DPO, folder: Path, bf16: bool) -> Any:
-    """A checkpoint on this process' device, with packed attention; NF4 weights are dequantised once.
+def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = True) -> Any:
+    """A checkpoint on this process' device, with packed attention; NF4 weights are dequantised once, or at each use.
 
     StageError when the model has parts that packing would change.
     """
@@ -86,7 +86,7 @@ def load_model(settings: DPO, folder: Path, bf16: bool) -> Any:
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise StageError(f"{folder}: its loss has a term of the experts' router, which packing has not; {OTHER_ENGINE}")
-    if settings.quantization is not None:
+    if settings.quantization is not None and dequantised:
         dequantise(model)
     use_packed_attention(model)
     model.config.use_cache = False

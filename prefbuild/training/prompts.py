@@ -15,6 +15,7 @@ from prefbuild.methods import PromptOptions
 from prefbuild.rewards import Scorer
 from prefbuild.training import ranks
 from prefbuild.training.common import pick, shared_metrics
+from prefbuild.training.graph_engine import engine_arguments, engine_of, with_graphs
 
 Options = TypeVar("Options", bound=PromptOptions)
 
@@ -72,13 +73,37 @@ class Prompts:
         """
         if not self.held_out:
             return {}
-        with ranks.for_generation(trainer) as model:
-            return self._measure(trainer, model)
+        stops = set(trainer.eos_token_ids)
+        if engine_of(self.settings) == "graph":
+            completions = self._written_by_graphs(trainer)
+        else:
+            with ranks.for_generation(trainer) as model:
+                completions = self._written_by_generate(trainer, model, stops)
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rewards = {s.name: _mean(self._score(s, self.held_out, texts, completions)) for s in self.scorers}
+        return {
+            "reward": sum(scorer.weight * rewards[scorer.name] for scorer in self.scorers),
+            "rewards": rewards,
+            "mean_length": _mean([len(ids) for ids in completions]),
+            "clipped_ratio": _mean([ids[-1] not in stops for ids in completions]),
+        }
 
-    def _measure(self, trainer: Any, model: Any) -> dict[str, Any]:
+    def _written_by_graphs(self, trainer: Any) -> list[list[int]]:
+        from prefbuild.training.sampling import GREEDY
+
+        prompts = [row["prompt_ids"] for row in self.held_out]
+        size = self.settings.per_device_train_batch_size
+        trainer.rollout.refresh()
+        completions: list[list[int]] = []
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            # As many rows each time: another number would be another graph.
+            completions += trainer.rollout.complete(some + some[-1:] * (size - len(some)), GREEDY)[: len(some)]
+        return completions
+
+    def _written_by_generate(self, trainer: Any, model: Any, stops: set[int]) -> list[list[int]]:
         import torch
 
-        stops = set(trainer.eos_token_ids)
         was_training = model.training
         model.eval()
         completions: list[list[int]] = []
@@ -100,14 +125,7 @@ class Prompts:
                 )
             completions += [_until(stops, ids) for ids in whole[:, padded["input_ids"].shape[1] :].tolist()]
         model.train(was_training)
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = {s.name: _mean(self._score(s, self.held_out, texts, completions)) for s in self.scorers}
-        return {
-            "reward": sum(scorer.weight * rewards[scorer.name] for scorer in self.scorers),
-            "rewards": rewards,
-            "mean_length": _mean([len(ids) for ids in completions]),
-            "clipped_ratio": _mean([ids[-1] not in stops for ids in completions]),
-        }
+        return completions
 
     def metrics(
         self, trainer: Any, result: Any, history: list[dict[str, Any]], bf16: bool, before: dict[str, Any]
@@ -135,6 +153,7 @@ def prompt_arguments(settings: PromptOptions) -> dict[str, Any]:
     return {
         **{key: getattr(settings, key) for key in shared},
         "reward_weights": [reward.weight for reward in settings.rewards],
+        **engine_arguments(settings),
     }
 
 
@@ -147,8 +166,11 @@ def save_between_generations(settings: Options) -> Options:
     return settings.model_copy(update={"save_steps": steps})
 
 
-def as_prepared(trainer_class: Any) -> Any:
-    """TRL's trainer on prompts that `prepare` rendered, tokenised and counted, in an order that each epoch has anew."""
+def as_prepared(trainer_class: Any, settings: PromptOptions) -> Any:
+    """TRL's trainer on prompts that `prepare` rendered, tokenised and counted, in an order that each epoch has anew.
+
+    What writes the completions is the recipe's engine.
+    """
     from torch.utils.data import Sampler
     from trl.trainer.utils import RepeatSampler
 
@@ -176,7 +198,7 @@ def as_prepared(trainer_class: Any) -> Any:
                 seed=self.args.seed,
             )
 
-    return PreparedPromptTrainer
+    return with_graphs(PreparedPromptTrainer) if engine_of(settings) == "graph" else PreparedPromptTrainer
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

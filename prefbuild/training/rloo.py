@@ -50,7 +50,7 @@ def train(settings: RLOO, run: Run) -> dict[str, Any]:
 
     # ---- train
     checkpoint = newest_checkpoint(run.work, settings.use_peft)
-    trainer = as_prepared(RLOOTrainer)(
+    trainer = as_prepared(RLOOTrainer, settings)(
         model=load_policy(settings, run.model, bf16),
         args=arguments,
         reward_funcs=prompts.reward_funcs(),

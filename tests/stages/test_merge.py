@@ -1,5 +1,6 @@
 """prefbuild/stages/merge.py: the merged folder is base and adapter, and nothing else gets through."""
 
+import hashlib
 import json
 import shutil
 import stat
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prefbuild.artifact import read_manifest, write_manifest
+from prefbuild.artifact import read_manifest, verify_artifact, write_manifest
+from prefbuild.digests import Digests
 from prefbuild.errors import StageError
 from prefbuild.stages import merge
 
@@ -140,6 +142,30 @@ def test_changed_adapter_is_refused(smollm2: Path, adapter: Path, tmp_path: Path
     (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 400}))
     with pytest.raises(StageError, match=r"adapter_config.json: sha256 is \w+, the manifest says"):
         run(tmp_path, smollm2, copy)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1000]], ids=["a bit", "its end"]
+)
+def test_changed_base_is_refused(tiny_model: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    write_manifest(base, stage="model", name="test", inputs={})
+    adapter = make_adapter(tmp_path / "adapter", base, normal)
+    weights = base / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(StageError, match=r"base/model.safetensors: sha256 is \w+, the manifest says"):
+        run(tmp_path, base, adapter)
+    assert not (tmp_path / "merge.json").exists()
+
+
+def test_manifest_of_what_was_merged_needs_no_second_reading(smollm2: Path, merged: Path) -> None:
+    hashed = Digests(merged.parent / "work")
+    assert [Path(path).name for path in hashed.files] == ["model.safetensors"]
+    (digest,) = hashed.files.values()
+    assert digest.sha256 == hashlib.sha256((merged / "model.safetensors").read_bytes()).hexdigest()
+    manifest = write_manifest(merged.parent / "merged", stage="merge", name="test", inputs={}, sha256=hashed.sha256)
+    assert verify_artifact(merged) == manifest
+    (merged / "manifest.json").unlink()  # other tests look at the folder as the stage leaves it
 
 
 def test_quantised_base_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def settings(method: str, **own: Any) -> Any:
             "save_steps": 3,
             "lr_scheduler_type": "constant",
             "precision": "float32",
-            "lora": {"r": 4},
+            **({"lora": {"r": 4}} if own.get("use_peft", True) else {}),
             **own,
         }
     )
@@ -68,6 +68,8 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("grpo", {}, 3),
         ("grpo", {"num_iterations": 2, "beta": 0.1, "max_steps": 6}, 4),  # not 3, between two generations
         ("rloo", {}, 3),
+        ("grpo", {"rollout": {"engine": "graph"}, "num_iterations": 2, "max_steps": 6, "temperature": 0.8}, 4),
+        ("rloo", {"rollout": {"engine": "graph"}, "use_peft": False, "learning_rate": 1e-4}, 3),
     ],
 )
 def test_a_run_that_was_killed_ends_in_the_same_bytes(
@@ -79,7 +81,8 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(
     # Two steps are an epoch, so it goes on in the second one.
     shutil.copytree(tmp_path / f"whole/work/checkpoint-{kept}", tmp_path / f"killed/work/checkpoint-{kept}")
     killed = run(tmp_path / "killed", tiny_model, prepared, options)
-    first, second = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "killed"))
+    weights = "adapter_model.safetensors" if options.use_peft else "model.safetensors"
+    first, second = (tmp_path / name / "adapter" / weights for name in ("whole", "killed"))
     assert first.read_bytes() == second.read_bytes()
     for metrics in (whole, killed):
         del metrics["seconds"], metrics["mean_loss"]
