@@ -30,10 +30,6 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
 
     Raises StageError when the loss is no number, or the reference is not what it should be.
     """
-    if settings.engine == "packed":
-        from prefbuild.training import packed
-
-        return packed.train(settings, run)
     import trl.trainer.utils
     from datasets import Dataset
     from transformers import AutoTokenizer

@@ -17,7 +17,7 @@ from prefbuild.artifact import write_manifest
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO, reference_settings
 from prefbuild.stages import reference
-from prefbuild.training import packed, prepared, trainer
+from prefbuild.training import packed_model, prepared, trainer
 from prefbuild.training.log_probs import read_log_probs
 
 Stage = Callable[..., Path]
@@ -54,14 +54,14 @@ def stage(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each part that the model scored had."""
     seen: list[int] = []
-    score_rows = packed.score_rows
+    score_rows = packed_model.score_rows
 
     def count(model: Any, rows: list[Any], **named: Any) -> Any:
         seen.append(len(rows))
         return score_rows(model, rows, **named)
 
-    monkeypatch.setattr(packed, "score_rows", count)
-    monkeypatch.setattr(packed, "check_packed", lambda *_: None)  # which scores rows too
+    monkeypatch.setattr(packed_model, "score_rows", count)
+    monkeypatch.setattr(packed_model, "check_packed", lambda *_: None)  # which scores rows too
     return seen
 
 
@@ -122,7 +122,7 @@ def test_another_recipe_on_the_same_rows_computes_nothing_and_leaves_the_same_by
     first = stage("first")
     assert sum(computed) == 12
     computed.clear()
-    monkeypatch.setattr(packed, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(packed_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
     second = stage("second", beta=0.5, learning_rate=1e-3, lora={"r": 2}, loss_type=["ipo"], num_train_epochs=3.0)
     assert not computed
     for file in ("log_probs.safetensors", "rows.jsonl"):
@@ -137,19 +137,19 @@ def test_what_a_killed_run_computed_is_kept_and_the_end_is_the_same(
     whole = (stage("whole") / "log_probs.safetensors").read_bytes()
     shutil.rmtree(reference.CACHE)
     computed.clear()
-    score_rows = packed.score_rows
+    score_rows = packed_model.score_rows
 
     def die(model: Any, rows: list[Any], **named: Any) -> Any:
         if len(computed) == 3:
             raise KeyboardInterrupt
         return score_rows(model, rows, **named)
 
-    monkeypatch.setattr(packed, "score_rows", die)
+    monkeypatch.setattr(packed_model, "score_rows", die)
     with pytest.raises(KeyboardInterrupt):
         stage("x")
     done = sum(computed[:2])  # the third's numbers were not asked for yet
     computed.clear()
-    monkeypatch.setattr(packed, "score_rows", score_rows)
+    monkeypatch.setattr(packed_model, "score_rows", score_rows)
     assert (stage("x") / "log_probs.safetensors").read_bytes() == whole
     assert sum(computed) == 12 - done
 
@@ -228,7 +228,7 @@ def test_a_training_that_reads_them_is_the_one_that_computes_them_itself_and_trl
     def train(folder: str, engine: str, log_probs: Path | None) -> dict[str, Any]:
         asked = DPO.model_validate({"method": "dpo", "engine": engine, **settings})
         run = run_in(Path(folder), built / "base", built / "prepared", reference=held, log_probs=log_probs)
-        metrics = trainer("dpo")(asked, run)
+        metrics = trainer("dpo", engine)(asked, run)
         told = {key: metrics[key] for key in ("loss", "mean_loss", "tokens")}
         return told | {"step_0": metrics["step_0"]["loss"], "held_out": metrics["held_out"]["loss"]}
 
