@@ -35,7 +35,10 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint folder to take the tokenizer from")
     parser.add_argument("--rows", type=Path, required=True, help="preference pairs as JSON lines")
     parser.add_argument("--gpus", type=int, default=2, help="default: 2")
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"], help="default: ddp fsdp; also zero3")
+    parser.add_argument("--engine", choices=("trl", "packed"), default="trl", help="what trains; default: trl")
+    parser.add_argument(
+        "--strategies", nargs="+", help="ddp, which is all that packed has, fsdp, zero3; default: ddp fsdp"
+    )
     parser.add_argument("--share-gpu", action="store_true", help="all processes on one GPU, through gloo")
     parser.add_argument("--layers", type=int, default=32, help="default: 32, as Mistral 7B")
     parser.add_argument("--hidden", type=int, default=4096, help="default: 4096, as Mistral 7B; a multiple of 64")
@@ -48,13 +51,15 @@ def main() -> int:
     asked = parser.parse_args()
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or asked.engine == "packed":
         asked.strategies = ["ddp"]
+    asked.strategies = asked.strategies or ["ddp", "fsdp"]
     make_model(asked.folder / "model", asked.tokenizer, asked.layers, asked.hidden, spread=0.02)
     a_step = asked.batch * asked.accumulation
     prepare(asked.folder / "prepared", asked.folder / "model", asked.rows, asked.max_length, a_step)
     train = {
         "method": "dpo",
+        "engine": asked.engine,
         "learning_rate": 2e-4,
         "max_steps": asked.steps,
         "save_steps": asked.steps,
@@ -155,7 +160,7 @@ def rank(folder: Path, name: str, backend: str, train: dict[str, Any]) -> None:
         arguments = ranks.rank_arguments
         ranks.rank_arguments = lambda *known: arguments(*known) | {"ddp_backend": backend}
     out = folder / name
-    metrics = trainer(train["method"])(
+    metrics = trainer(train["method"], train["engine"])(
         METHODS[train["method"]].model_validate(train),
         Run(
             seed=42,

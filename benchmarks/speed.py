@@ -17,6 +17,7 @@ In GRPO the end-of-turn token is one that the model can't write, so that all arm
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
@@ -32,8 +33,9 @@ from material import read_pairs, read_prompts, shortened, write_result, write_ro
 ROOT = Path(__file__).resolve().parent.parent
 A_STEP = 16  # pairs, as 4 x 4 in the article
 WARM_UP = 2  # steps that are in no time
-# What TRL is tried with, besides bf16, no checkpointing and one model: pairs of a micro-batch x micro-batches of a step.
-TUNED = ("4x4", "8x2")
+# What TRL is tried with, besides bf16, no checkpointing and one model: pairs of a micro-batch x micro-batches of a step,
+# the larger with Liger's kernels, if they are there, without which it takes more memory than an H200 has.
+TUNED = ("4x4", "8x2+liger" if importlib.util.find_spec("liger_kernel") else "8x2")
 ARMS = ("article", "tuned", "ours", "grpo-hf", "grpo-graph")
 TWICE = 20  # steps of the arm `deterministic`
 
@@ -49,7 +51,7 @@ def main() -> int:
     parser.add_argument(
         "--arms", nargs="+", choices=(*ARMS, "deterministic"), default=ARMS, help=f"default: {' '.join(ARMS)}"
     )
-    parser.add_argument("--tuned", nargs="+", default=TUNED, help="TRL's micro-batches; default: 4x4 8x2")
+    parser.add_argument("--tuned", nargs="+", default=TUNED, help=f"TRL's micro-batches; default: {' '.join(TUNED)}")
     parser.add_argument("--steps", type=int, default=6, help="of TRL's arms; default: 6, of which 2 warm up")
     parser.add_argument("--max-steps", type=int, default=200, help="of ours in DPO; default: 200")
     parser.add_argument("--grpo-steps", type=int, default=62, help="of ours in GRPO; default: 62, of which 2 warm up")
@@ -85,7 +87,10 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     said = [word if word.startswith("-") else word.rstrip("/").rpartition("/")[2] for word in sys.argv[1:]]
     found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/speed.py", *said])}
     found |= {"dpo": {"rows": prepare_pairs(asked), "arms": {}}, "grpo": {"rows": prepare_prompts(asked), "arms": {}}}
-    found |= run(asked, "materials", "materials", shared)
+    measured = run(asked, "materials", "materials", shared)
+    if "failed" in measured:
+        raise SystemExit(measured["failed"])
+    found |= {key: measured[key] for key in ("machine", "ceiling")}
     found["dpo"]["shape"] = json.loads((asked.model / "config.json").read_text())
     found["grpo"]["shape"] = json.loads((asked.folder / "smollm/config.json").read_text())
 

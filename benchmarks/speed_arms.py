@@ -6,6 +6,7 @@ speed.py and curves.py start them, with `run`.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -229,7 +230,20 @@ def ours_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     found = train("dpo", dpo_settings(options), folder, options, log_probs=folder / "reference")
     adapter = folder / options["name"] / "adapter/adapter_model.safetensors"
-    return found | {"adapter_sha256": sha256_file(adapter)}
+    return found | {"adapter_sha256": sha256_file(adapter), "planned": planned(folder, options)}
+
+
+def planned(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What the planner said of the run: micro-batches, peak memory, seconds a step."""
+    from prefbuild.methods import DPO
+    from prefbuild.training.planned import plan_run
+    from prefbuild.training.prepared import steps_of_a_run
+
+    settings = DPO.model_validate(dpo_settings(options))
+    sizes = [tuple(map(len, row.values())) for row in read_ids(folder)]
+    steps = [[sizes[row] for row in step] for step in steps_of_a_run(settings, SEED, len(sizes))]
+    plan = plan_run(settings, Path(options["model"]), steps, bf16=options["precision"] == "bf16")
+    return dataclasses.asdict(plan)
 
 
 def any_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -304,6 +318,7 @@ def recipe(name: str) -> Any:
 
 
 def read_ids(folder: Path) -> list[dict[str, list[int]]]:
+    """Of the rows of DPO: prompt, chosen and rejected."""
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
     with open(folder / "prepared/train.jsonl", encoding="utf-8") as file:
         return [{key: row[key] for key in keys} for row in map(json.loads, file)]

@@ -171,6 +171,9 @@ def dpo_lines(dpo: dict[str, Any]) -> list[str]:
         lines += [
             f"ours, {number} steps, each process from its start to its end: {ours['total_s']} s = {scored['wall_s']} s for the "
             f"reference log-probabilities + {ours['wall_s']} s, of which {ours['load_s']} s until step 1 was done",
+            f"planned: {ours['planned']['seconds_per_step']:.3f} s a step, {ours['planned']['peak_memory'] / GIB:.1f} GiB, "
+            f"{ours['planned']['micro_batches']} micro-batches at most"
+            + (", checkpointing" if ours["planned"]["checkpointing"] else ""),
             f"with the log-probabilities there already: {ours['wall_s']} s",
             f"the arithmetic alone, at the ceiling: {number * floors[0]:.1f} s and {number * floors[1]:.1f} s",
         ]

@@ -30,6 +30,14 @@ from prefbuild.track import asked_for, trackio_folder
 
 LOOPBACK = ("127.", "::1", "localhost")
 GIB = 2**30
+# What libraries import wherever it is installed, for parts of them that the stage never asks for: transformers has torch
+# for models, of which stage prepare loads none, and DVCLive pandas for tables. Methods of TRL need what it imports.
+UNUSED = {
+    "prepare": ("torch",),
+    "reference": ("datasets", "pandas", "scipy"),
+    "train": ("datasets", "pandas", "scipy"),  # by the packed engine
+    "merge": ("datasets", "pandas", "scipy"),
+}
 # What safetensors' Rust and torch's zip writer say when the disk is full; Python itself says ENOSPC.
 DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing|unexpected pos \d+")
 # Containers count kills for memory here (cgroup 2, cgroup 1).
@@ -83,7 +91,7 @@ def run_stage(stage: str, name: str) -> None:
     outputs = {role: out / path for role, path in section["outputs"].items()}
     started = time.monotonic()
     if num_ranks == 1 or is_rank():
-        before_imports(section["settings"].get("train"))
+        before_imports(stage, section["settings"].get("train"))
         run = importlib.import_module(STAGES[stage]).run
         run(section["settings"], inputs, outputs, work, name)
     else:
@@ -109,9 +117,11 @@ def run_stage(stage: str, name: str) -> None:
     print(f"prefbuild: {stage} {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
-def before_imports(train: dict[str, Any] | None) -> None:
+def before_imports(stage: str, train: dict[str, Any] | None) -> None:
     """What must be said before libraries are imported: which others they shall not import, and where trackio writes."""
     report_to = asked_for()
+    if stage != "train" or (train is not None and train.get("engine") == "packed" and not report_to):
+        leave_out(*UNUSED.get(stage, ()))
     leave_out(*{"wandb", "mlflow", "trackio"}.difference(report_to))
     if not needs_bitsandbytes(train):
         leave_out("bitsandbytes")
