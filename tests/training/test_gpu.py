@@ -36,7 +36,8 @@ def test_two_steps_on_the_real_model(method: str, how: str, smollm2: Path, tmp_p
         assert isinstance(value, int | float), key
     assert ("model" if how == "full" else "adapter_model") + ".safetensors" in digest(tmp_path)
     if method == "dpo":
-        assert metrics["step_0"]["margins"] == 0  # a second model computes what the first does
+        # By another row of tokens than the step's, which rounds otherwise.
+        assert abs(metrics["step_0"]["margins"]) < 0.02
 
 
 def test_packed_pairs_score_and_pull_as_padded_ones_do_in_bf16(smollm2: Path, tmp_path: Path) -> None:
