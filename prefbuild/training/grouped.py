@@ -137,7 +137,8 @@ class GroupedScores:
         self.step = STEP if capture else 1
         self.captured: dict[Any, _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # By name: while an adapter is switched off, as for a reference's first scores, PEFT has its gradients off too.
+        self.trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         self.gradient: Tensor | None = None  # all of them in one, which captured backwards add to
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
 
