@@ -21,6 +21,7 @@ CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
 FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
 LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
 CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
+FILLING = 127  # tokens that fill a row up on a GPU, at most
 SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
@@ -301,7 +302,7 @@ def _plan(
     mean = load_of([row for step in steps for row in step])
 
     def peak(tokens: int) -> int:
-        part = tokens / mean.tokens
+        part = (tokens + (FILLING if at_most is None else 0)) / mean.tokens
         scaled = {name: value * part for name, value in vars(mean).items()}
         return peak_bytes(how, Load(**scaled))
 
