@@ -68,14 +68,12 @@ def materials(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The random 7B, unless it is there, and the ceilings."""
     from material import make_model
 
-    from prefbuild.artifact import digest_of, write_json, write_manifest
+    from prefbuild.artifact import digest_of, write_json
 
     model = Path(options["model"])
     if not (model / "manifest.json").exists():
         make_model(model, Path(options["tokenizer"]), options["layers"], options["hidden"])
-        # Names the model to stage reference. Of no files: to hash 15 GB of random numbers takes a quarter of a minute.
-        write_json(model / "manifest.json", {"digest": digest_of({}), "files": {}})
-    write_manifest(folder / "prepared", stage="prepare", name="speed", inputs={})
+        write_json(model / "manifest.json", {"digest": digest_of({}), "files": {}})  # says that it is whole
     return {"ceiling": ceiling(folder, options), "machine": describe()}
 
 
@@ -213,24 +211,35 @@ def warmup(options: dict[str, Any]) -> int:
     return options["max_steps"] // 2
 
 
-def reference(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Stage reference: the log-probabilities of the rows that a run of ours uses, for its training."""
-    from prefbuild.stages import reference as stage
-
-    started = time.time()
-    settings = {"train": dpo_settings(options), "seed": SEED}
-    inputs = {"model": Path(options["model"]), "prepared": folder / "prepared"}
-    stage.run(settings, inputs, {"reference_log_probs": folder / "reference"}, folder / "work", "speed")
-    return {"stage_s": round(time.time() - started, 1), "peak_memory": peak_memory()}
-
-
 def ours_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """All steps of the run, by prefbuild's packed engine."""
-    from prefbuild.artifact import sha256_file
+    """All steps of the run, by prefbuild's packed engine, which first computes the reference's log-probabilities.
 
-    found = train("dpo", dpo_settings(options), folder, options, log_probs=folder / "reference")
+    `reference_s` is that part alone: in a build it is stage reference, which another run on the same rows finds done.
+    """
+    from prefbuild.artifact import sha256_file
+    from prefbuild.worker import before_imports
+
+    settings = dpo_settings(options)
+    before_imports("train", settings)  # as the stage's process starts
+    from prefbuild.training import packed
+
+    times = []
+    with_progress = packed.with_progress
+
+    def timed(*arguments: Any) -> Any:
+        started = time.time()
+        found = with_progress(*arguments)
+        times.append(time.time() - started)
+        return found
+
+    packed.with_progress = timed
+    try:
+        found = train("dpo", settings, folder, options)
+    finally:
+        packed.with_progress = with_progress
     adapter = folder / options["name"] / "adapter/adapter_model.safetensors"
-    return found | {"adapter_sha256": sha256_file(adapter), "planned": planned(folder, options)}
+    found |= {"reference_s": round(times[0], 2), "adapter_sha256": sha256_file(adapter)}
+    return found | {"planned": planned(folder, options)}
 
 
 def planned(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -327,7 +336,6 @@ def read_ids(folder: Path) -> list[dict[str, list[int]]]:
 ARMS = {
     "materials": materials,
     "trl_dpo": trl_dpo,
-    "reference": reference,
     "ours_dpo": ours_dpo,
     "any_dpo": any_dpo,
     "grpo": grpo,

@@ -62,7 +62,7 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
     }
     for name, arm in arms.items():
         if "step_s" in arm:
-            # Ours has its reference log-probabilities from a stage of their own; TRL computes them in each step.
+            # Ours has its reference log-probabilities before the first step; TRL computes them in each.
             passes = 2 if name in ("ours", "deterministic") else 3
             arm["share_of_ceiling"] = round(flops[passes] / arm["step_s"] / peak, 4)
         if "padded_tokens" in arm:
@@ -71,9 +71,9 @@ def summarise_dpo(dpo: dict[str, Any], ceiling: dict[str, float], warm_up: int) 
     ours = arms.get("ours", {})
     if "step_s" not in ours:
         return
-    ours["total_s"] = round(ours["reference"]["wall_s"] + ours["wall_s"], 1)
-    ours["total_with_cached_reference_s"] = ours["wall_s"]
-    ours["reference_a_step_s"] = round(ours["reference"]["wall_s"] / (len(ours["seconds"]) + 1), 4)
+    ours["total_s"] = ours["wall_s"]
+    ours["total_with_cached_reference_s"] = round(ours["wall_s"] - ours["reference_s"], 1)
+    ours["reference_a_step_s"] = round(ours["reference_s"] / (len(ours["seconds"]) + 1), 4)
     if "step_s" in (strict := arms.get("deterministic", {})):
         timed = slice(warm_up - 1, min(len(strict["seconds"]), len(ours["seconds"])))
         dpo["deterministic"] = {
@@ -166,15 +166,15 @@ def dpo_lines(dpo: dict[str, Any]) -> list[str]:
         )
     ours = dpo["arms"].get("ours", {})
     if "total_s" in ours:
-        number, scored = len(ours["seconds"]) + 1, ours["reference"]
+        number = len(ours["seconds"]) + 1
         floors = dpo["a_step"]["floor_s"], dpo["a_step"]["floor_without_reference_s"]
         lines += [
-            f"ours, {number} steps, each process from its start to its end: {ours['total_s']} s = {scored['wall_s']} s for the "
-            f"reference log-probabilities + {ours['wall_s']} s, of which {ours['load_s']} s until step 1 was done",
+            f"ours, {number} steps, the process from its start to its end: {ours['total_s']} s, of which {ours['reference_s']} s are "
+            "the reference's log-probabilities",
+            f"with the log-probabilities there already: {ours['total_with_cached_reference_s']} s",
             f"planned: {ours['planned']['seconds_per_step']:.3f} s a step, {ours['planned']['peak_memory'] / GIB:.1f} GiB, "
             f"{ours['planned']['micro_batches']} micro-batches at most"
             + (", checkpointing" if ours["planned"]["checkpointing"] else ""),
-            f"with the log-probabilities there already: {ours['wall_s']} s",
             f"the arithmetic alone, at the ceiling: {number * floors[0]:.1f} s and {number * floors[1]:.1f} s",
         ]
     if "deterministic" in dpo:

@@ -3,14 +3,14 @@
 DVC keeps the md5 of each file it has read in a database, by the file's path, inode, size and time of change; what is
 written there before DVC looks is what it takes. That is no part of DVC's public interface, so whatever goes wrong here is
 passed over: DVC then reads the files itself.
-Not covered: whether a digest is true. It is what the stage's own process says, in a container too; a wrong one gives
-artifacts that `verify_artifact` refuses, since their sha256 is in the manifest.
+Not covered: whether a digest is true. It is what the stage's own process says, in a container too. So only files of
+artifacts are told: where DVC has other bytes under an md5, `verify_artifact` refuses them, since the manifest has the sha256.
 """
 
 import logging
 from pathlib import Path
 
-from prefbuild.artifact import list_special
+from prefbuild.artifact import MANIFEST, list_special
 from prefbuild.digests import DIGESTS, Digests, is_of
 
 # To import DVC and open its project takes as long as hashing this many bytes, about half a second.
@@ -26,10 +26,11 @@ def tell_dvc(outputs: list[Path], work: Path, *, worth_it: int = WORTH_IT) -> bo
     try:
         if list_special(work / DIGESTS):
             return False  # a stage is not trusted to leave plain files
+        artifacts = [output for output in outputs if (output / MANIFEST).is_file()]
         ours = {
             Path(path).absolute(): digest
             for path, digest in Digests(work).files.items()
-            if any(Path(path).is_relative_to(output) for output in outputs)
+            if any(Path(path).is_relative_to(output) for output in artifacts)
             and Path(path).is_file()
             and is_of(digest, Path(path))
         }

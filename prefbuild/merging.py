@@ -8,6 +8,7 @@ architectures whose tensors have other names in memory than in files (mixtures o
 """
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prefbuild.tensors import FORMATS, INDEX, Place, find_tensors, num_bytes, re
 
 ADAPTER = "default"  # PEFT's name for an adapter that has none
 WEIGHTS = "adapter_model.safetensors"
+ROWS = 256  # that are rounded and added at a time, so that they stay in the CPU's cache
 # What such an adapter holds of a layer.
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
@@ -50,14 +52,26 @@ def stream_merge(model: Path, adapter: Path, merged: Path, max_shard_size: str) 
 
     _save_config(base, model, merged)
     total = sum(num_bytes(place.shape, format) for place in places.values())
+    room = torch.empty(max((math.prod(places[name].shape) for name in layers), default=0), dtype=torch.float32)
+
+    def tensor(name: str) -> Any:
+        try:
+            weight = _merged(read_tensor(places[name]), layers.get(name), room)
+        except ValueError as error:  # PEFT's way to say what is said below
+            raise StageError(f"{adapter}: can't be merged into {model}: {error}") from error
+        # A look at each number takes longer than all the rest. Their sum is finite only when all of them are.
+        if name in layers and not weight.sum().isfinite() and not weight.isfinite().all():
+            raise StageError(f"{adapter}: can't be merged into {model}: {name} would hold NaN or infinity")
+        return weight
+
     digests = {}
-    with torch.no_grad(), tqdm(total=total, desc="merging", unit="B", unit_scale=True) as bar:
+    with torch.no_grad(), tqdm(total=total, desc="merging", unit="B", unit_scale=True, mininterval=1) as bar:
         for file, names in split.filename_to_tensors.items():
             digests[merged / file] = write_tensors(
                 merged / file,
                 {name: places[name].shape for name in names},
                 format,
-                lambda name: _merged(places[name], layers.get(name), model, adapter),
+                tensor,
                 bar.update,
             )
             (merged / file).chmod(0o644)  # as all that is copied, whatever the caller's umask
@@ -89,8 +103,11 @@ def _empty(model: Path) -> Any:
     config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     if not isinstance(config.dtype, torch.dtype):
         raise NotCovered(f"{model}: config.json does not say the number format")
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    except RuntimeError as error:  # some architectures calculate while they are made
+        raise NotCovered(f"{model}: can't be made without numbers: {error}") from error
     if base._keep_in_fp32_modules or base._keep_in_fp32_modules_strict:
         raise NotCovered(f"{model}: keeps some layers in float32")
     if not all(isinstance(conversion, WeightRenaming) for conversion in get_model_conversion_mapping(base)):
@@ -156,24 +173,26 @@ def _layers(base: Any, adapter: Path) -> dict[str, Any]:
     return layers
 
 
-def _merged(place: Place, layer: Any, model: Path, adapter: Path) -> Any:
-    """A tensor as it is to be written."""
+def _merged(weight: Any, layer: Any, room: Any) -> Any:
+    """A tensor as it is to be written, in place where PEFT's layer allows. `room` is for as many float32 as it has."""
     import torch
 
-    weight = read_tensor(place)
     if layer is None:
         return weight
-    if ADAPTER in layer.lora_variant:  # DoRA, which scales the base too
+    if (
+        ADAPTER in layer.lora_variant or layer.fan_in_fan_out
+    ):  # DoRA, which scales the base too; weights lying crosswise
         inner = layer.get_base_layer()
         without, inner.weight = inner.weight, torch.nn.Parameter(weight, requires_grad=False)
-        weight = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
-        inner.weight = without
-    else:
-        # What its merge(safe_merge=True) does, without a copy to go back to.
-        weight += layer.get_delta_weight(ADAPTER).to(weight.dtype)
-    # To look at each number takes longer than the rest; a sum is finite only when all are.
-    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-        raise StageError(f"{adapter}: can't be merged into {model}: the merged weights would hold NaN or infinity")
+        layer.merge(safe_merge=True)
+        merged, inner.weight = inner.weight.data, without
+        return merged
+    # What its merge(safe_merge=True) does, step by step, in memory that is there: new memory costs more than the sums.
+    update = room[: weight.numel()].view(weight.shape)
+    torch.mm(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight, out=update)
+    update *= layer.scaling[ADAPTER]
+    for rows, of_rows in zip(weight.split(ROWS), update.split(ROWS), strict=True):
+        rows += of_rows.to(weight.dtype)
     return weight
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from project import ROOT
 
 from prefbuild.errors import StageError
 from prefbuild.merging import NotCovered, stream_merge
@@ -95,6 +96,17 @@ def test_streamed_files_are_those_of_peft(base: Any, adapter: Any, size: str, tm
         assert digest.size == len(data)
         assert digest.sha256 == hashlib.sha256(data).hexdigest()
         assert digest.md5 == hashlib.md5(data).hexdigest()
+
+
+@pytest.mark.parametrize("size", ["50GB", "60KB"])
+def test_weights_that_lie_crosswise_are_merged_as_peft_does(size: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=64, dtype="bfloat16")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    trained = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["c_attn"], fan_in_fan_out=True)
+    assert merge(tmp_path / "base", trained, tmp_path / "streamed", size)
+    assert_same_files(tmp_path / "streamed", save_with_peft(tmp_path / "base", trained, tmp_path / "peft", size))
 
 
 def test_adapter_stored_in_bf16_is_merged_as_peft_does(tmp_path: Path) -> None:
@@ -188,7 +200,7 @@ def test_what_is_not_covered_is_left_to_peft(
 def test_update_too_large_for_the_format_is_refused(tmp_path: Path) -> None:
     model = make_base(tmp_path / "base", dtype="float16")
     trained = make_adapter(tmp_path / "adapter", model, std=300.0)
-    with pytest.raises(StageError, match=r"adapter: can't be merged into .*base: the merged weights would hold NaN"):
+    with pytest.raises(StageError, match=r"adapter: can't be merged into .*base: .*_proj.weight would hold NaN or inf"):
         stream_merge(model, trained, tmp_path / "merged", "50GB")
 
 
@@ -211,6 +223,13 @@ def test_base_that_ends_early_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(OSError, match=r"model.safetensors: ends in the middle of a tensor"):
         stream_merge(model, trained, tmp_path / "merged", "50GB")
+
+
+def test_benchmark_compares_both_ways(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks/merge.py", tmp_path / "new", "--layers", "1", "--hidden", "128"]
+    done = subprocess.run([*command, "--vocabulary", "100"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["whole", "streamed", "both"]
 
 
 MEASURE = """

@@ -87,7 +87,9 @@ class Gather(torch.autograd.Function):
         whole = out.index_select(0, segments.prompts).float()
         for use in segments.uses.unbind(1):
             whole += gradient.index_select(0, use)
-        return out.index_copy_(0, segments.prompts, whole.to(out.dtype)), None
+        # index_copy_; `unsafe` leaves out the checks of its deterministic form, which wait for the GPU.
+        places = [segments.prompts]
+        return torch.ops.aten._index_put_impl_(out, places, whole.to(out.dtype), accumulate=False, unsafe=True), None
 
 
 def _varlen(query: Any, key: Any, value: Any, segments: Segments, scaling: float | None) -> Any:

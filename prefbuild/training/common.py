@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,10 @@ def callbacks(run: Run, checkpoint: Path | None) -> list[TrainerCallback]:
 
 
 class Curves(TrainerCallback):
-    """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them."""
+    """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them.
+
+    A point is a dozen small files: they are written by a thread, while the next step is computed.
+    """
 
     def __init__(self, folder: Path, resume_from: Path | None):
         if not ranks.is_main():
@@ -276,6 +280,8 @@ class Curves(TrainerCallback):
         if resume_from is not None:
             shutil.copytree(resume_from / "live", folder, dirs_exist_ok=True)
         self.live = Live(str(folder), resume=resume_from is not None, save_dvc_exp=False, dvcyaml=None)
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self.last: Future[None] | None = None
 
     def on_log(
         self,
@@ -287,17 +293,33 @@ class Curves(TrainerCallback):
     ) -> None:
         if not ranks.is_main():
             return
-        self.live.step = state.global_step
-        for key, value in curve_points(logs or {}).items():
+        self.wait()
+        self.last = self.writer.submit(self.write, state.global_step, curve_points(logs or {}))
+
+    def write(self, step: int, points: dict[str, float]) -> None:
+        """Write one point of every curve."""
+        self.live.step = step
+        for key, value in points.items():
             self.live.log_metric(key, value)
         # Not sync(), which reads all curves again from their files, for DVC Studio: a tenth of a second a step after a
         # thousand.
         self.live.make_summary()
 
+    def wait(self) -> None:
+        """Until all is written. Raises what went wrong there."""
+        if self.last is not None:
+            self.last.result()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if ranks.is_main():
+            self.wait()  # a checkpoint has the curves so far
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if ranks.is_main():
+            self.wait()
+            self.writer.shutdown()
             self.live.end()
 
 

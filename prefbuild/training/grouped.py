@@ -189,7 +189,7 @@ class GroupedScores:
             head = self.whole.get_output_embeddings()
             # TRL's own, which its trainers score by: the head a tile at a time.
             log_probs, entropies, *_ = _ChunkedLogProbFunction.apply(
-                hidden.index_select(0, part["sources"]),
+                _Select.apply(hidden, part["sources"]),
                 head.weight,
                 head.bias,
                 part["targets"],
@@ -282,6 +282,22 @@ class _Replay(torch.autograd.Function):
         ctx.captured.incoming.copy_(gradient)
         ctx.captured.backward.replay()
         return None, None
+
+
+class _Select(torch.autograd.Function):
+    """index_select of rows, whose gradient is added up in a fixed order and without checks that wait for the GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = tensor.shape
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        zeros = gradient.new_zeros(ctx.shape)
+        return torch.ops.aten._index_put_impl_(zeros, [index], gradient, accumulate=True, unsafe=True), None
 
 
 def _ends(batch: Batch) -> tuple[list[int], list[int]]:

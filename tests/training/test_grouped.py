@@ -94,3 +94,43 @@ def test_no_completion_feels_another(tiny_model: Path) -> None:
     after, _ = scores.score(prompts, [[11, 12], [99, 98, 97, 96], [21]], 4)
     assert torch.equal(before[0], after[0]) and torch.allclose(before[0], alone[0], atol=1e-5)
     assert before[0, 2:].eq(0).all() and (before[1, 0] - after[1, 0]).abs() > 1e-3
+
+
+@pytest.mark.gpu
+def test_what_is_captured_has_the_gradients_of_what_is_not(smollm2: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from prefbuild.training.grouped import GroupedScores
+
+    prompts: list[Any] = [list(range(10 + 200 * (row // 4), 300 + 100 * (row // 4))) for row in range(8)]
+    completions = [list(range(500 + row, 540 + 3 * row)) for row in range(8)]
+    weight = torch.linspace(-1, 1, 8 * 64, device="cuda").view(8, 64)
+    found = {}
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).to("cuda")
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        scores = GroupedScores(model, temperature=0.9, bf16=True, largest_group=4, longest=600, capture=capture)
+        for _ in range(3):  # captured, replayed, and added to what is there
+            log_probs, entropies = scores.score(prompts, completions, 64)
+            (log_probs * weight).sum().backward()
+        gradients = torch.cat([one.grad.flatten() for one in scores.trained])  # type: ignore[union-attr]
+        found[capture] = log_probs.detach(), entropies, gradients
+    for captured, plain in zip(found[True], found[False], strict=True):
+        assert (captured - plain).norm() <= 1e-2 * plain.norm() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_two_trainings_with_graphs_leave_the_same_bytes(tmp_path: Path, smollm2: Path, method: str) -> None:
+    rows = write_prepared(tmp_path / "prepared", smollm2, "prompts")
+    options: dict[str, Any] = {"precision": "bf16", "deterministic": True, "rollout": {"engine": "graph"}, "beta": 0.05}
+    for name in ("one", "two"):
+        train(tmp_path / name, method, smollm2, rows, **options)
+    first, second = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()

@@ -172,13 +172,12 @@ def test_a_completion_ends_with_its_first_stop_token() -> None:
     assert _until({2}, [5, 6]) == [5, 6]
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize(("method", "engine"), [("grpo", "hf"), ("rloo", "hf"), ("grpo", "graph")])
 def test_a_base_in_four_bits_is_trained_on_and_ended_by_a_rule(
-    tmp_path: Path, tiny_model: Path, prepared: Path, method: str
+    tmp_path: Path, tiny_model: Path, prepared: Path, method: str, engine: str
 ) -> None:
-    options = settings(
-        method, quantization="nf4", stop_if=[{"metric": "completions.mean_length", "above": 0.0, "for": 2}]
-    )
+    rule = {"metric": "completions.mean_length", "above": 0.0, "for": 2}
+    options = settings(method, quantization="nf4", rollout={"engine": engine}, stop_if=[rule])
     metrics = run(tmp_path, tiny_model, prepared, options)
     assert metrics["steps"] == 2 and metrics["stopped_early"] == 1
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()

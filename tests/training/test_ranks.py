@@ -27,7 +27,9 @@ PROMPTS = {
 
 def settings(method: str) -> dict[str, Any]:
     # KTO's batch is what is divided, and its KL needs two rows.
-    return FOUR_STEPS | {"per_device_train_batch_size": 4} | (PROMPTS if SHAPES[method] == "prompts" else {})
+    # Both engines that write completions are had by two processes.
+    prompts = PROMPTS | ({"rollout": {"engine": "graph"}} if method == "rloo" else {})
+    return FOUR_STEPS | {"per_device_train_batch_size": 4} | (prompts if SHAPES[method] == "prompts" else {})
 
 
 def prepare(folder: Path, model: Path, method: str) -> Path:
@@ -123,7 +125,7 @@ def assert_went_on(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ddp(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ddp")
-    train_in_two(root, tiny_model, "ddp", "dpo", "sft", "kto", "orpo", "reward", "grpo", resumed="dpo")
+    train_in_two(root, tiny_model, "ddp", "dpo", "sft", "kto", "orpo", "reward", "grpo", "rloo", resumed="dpo")
     return root
 
 
@@ -142,13 +144,14 @@ def test_all_processes_log_the_same(ddp: Path) -> None:
         assert first == second, method
 
 
-def test_groups_stay_whole_and_prompts_are_those_of_one_process(ddp: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_groups_stay_whole_and_prompts_are_those_of_one_process(ddp: Path, tiny_model: Path, method: str) -> None:
     """What is sampled differs, by the seeds of the processes; a random model never ends a turn by itself."""
-    found, one = train_in_one(ddp, tiny_model, "grpo")
-    two = metrics(ddp / "grpo")
+    found, one = train_in_one(ddp, tiny_model, method)
+    two = metrics(ddp / method)
     assert two["tokens"] == found["tokens"]  # the tokens of the prompts, and completions that are all as long
     assert numbers(two["step_0"]) == pytest.approx(numbers(found["step_0"]))
-    assert [point["num_tokens"] for point in curve(ddp / "grpo")] == [point["num_tokens"] for point in curve(one)]
+    assert [point["num_tokens"] for point in curve(ddp / method)] == [point["num_tokens"] for point in curve(one)]
     assert two["reward_std"] > 0
 
 
