@@ -172,7 +172,7 @@ def peak_bytes(how: Arithmetic, load: Load) -> int:
 def forward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     """The device's seconds for all layers: matmuls, which are never faster than their weights are read, and the rest."""
     shape = how.shape
-    layer = PASSES_FORWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[0]
+    layer = PASSES_FORWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[0] + unfused_bytes(how)
     moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     return (
@@ -190,7 +190,7 @@ def backward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     spares all but its own.
     """
     shape = how.shape
-    layer = PASSES_BACKWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[1]
+    layer = PASSES_BACKWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[1] + 2 * unfused_bytes(how)
     moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     trained = 4 * how.num_trained if how.lora_r else 2 * shape.linear_weights
@@ -215,6 +215,18 @@ def lora_bytes(how: Arithmetic) -> tuple[float, float]:
     outputs, inputs = (sum(sizes) for sizes in zip(*((b, a) for a, b in shape.linear), strict=True))
     read = 2 * shape.hidden + shape.queries + shape.intermediate  # q, k and v read one x, and so do gate and up
     return (2 * outputs + read) * how.bytes_per_number, (2 * outputs + 2 * read + 2 * inputs) * how.bytes_per_number
+
+
+def unfused_bytes(how: Arithmetic) -> float:
+    """Bytes that norms, rotary embedding and SwiGLU move in a layer for a token, forward, for being several kernels.
+
+    Two norms read and write numbers in float32 some seven times, queries and keys go through four kernels more, and
+    gate and up through one. Backward it is twice that.
+    """
+    if how.fused:
+        return 0.0
+    shape = how.shape
+    return 30 * shape.hidden + how.bytes_per_number * (7 * (shape.queries + shape.keys) + 2.5 * shape.intermediate)
 
 
 def _linear_seconds(how: Arithmetic, tokens: float, speed: Speed) -> float:
