@@ -21,8 +21,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ("chain-sft", "chain-dpo", "chain-grpo")
 OF_A_RECIPE = ("prepare", "train", "merge", "evaluate", "gate")
-ALL = {"resolve", "report"} | {f"{stage} {name}" for name in CHAIN for stage in OF_A_RECIPE}
-# Preparing chain-dpo reads rows and the tokenizer of chain-sft's model, and no beta.
+ALL = {"resolve", "report", "reference chain-dpo"} | {f"{stage} {name}" for name in CHAIN for stage in OF_A_RECIPE}
+# Preparing chain-dpo reads rows and the tokenizer of chain-sft's model, its reference what that says, and no beta.
 AFTER_BETA = {
     *("resolve", "report", "baseline recipe-chain-dpo"),
     *(f"{stage} chain-dpo" for stage in ("train", "merge", "evaluate", "gate")),

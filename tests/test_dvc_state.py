@@ -12,7 +12,8 @@ import pytest
 
 from prefbuild.artifact import write_manifest
 from prefbuild.digests import Digest, Digests
-from prefbuild.dvc_state import tell_dvc
+from prefbuild.dvc_state import WORTH_IT, tell_dvc
+from prefbuild.job import Image, Job, Limits, run_job
 
 # No file of these tests hashes to it: where DVC has it, DVC has not read the file.
 CLAIMED = "c" * 32
@@ -79,6 +80,35 @@ def test_dvc_repro_does_not_read_what_its_stage_told(project: Path) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
     text = next(Path(".dvc/cache/files/md5").glob("*/*.dir")).read_text()
     assert {"md5": CLAIMED, "relpath": "model.safetensors"} in json.loads(text)
+
+
+def test_running_a_stage_tells_dvc_of_large_outputs(project: Path) -> None:
+    def run(job: Job) -> int:
+        weights = Path("merged/model.safetensors")
+        os.truncate(weights, WORTH_IT)  # a hole, which takes no room on the disk
+        about = weights.stat()
+        told = Digests(job.work)
+        told.add(weights, Digest(size=about.st_size, changed=about.st_mtime_ns, sha256="c" * 64, md5=CLAIMED))
+        told.save()
+        return 0
+
+    job = Job(
+        stage="merge",
+        name="x",
+        argv=[],
+        inputs=[],
+        outputs=[Path("merged")],
+        work=Path("build/.work/merge-x/1"),
+        caches=[],
+        env={},
+        network=False,
+        gpus=0,
+        image=Image(role="cpu", id=None, repo_digest=None),
+        limits=Limits(shm_size=0, tmp_size=0, pids=0),
+    )
+    assert run_job(job, run) == 0
+    assert not job.work.exists()
+    assert md5_of_dvc("model.safetensors") == CLAIMED
 
 
 def test_file_that_changed_since_is_read(project: Path) -> None:

@@ -295,6 +295,8 @@ class Curves(TrainerCallback):
             return
         self.wait()
         self.last = self.writer.submit(self.write, state.global_step, curve_points(logs or {}))
+        if "loss" not in (logs or {}):
+            self.wait()  # no step follows, in which it could be written
 
     def write(self, step: int, points: dict[str, float]) -> None:
         """Write one point of every curve."""
@@ -319,7 +321,6 @@ class Curves(TrainerCallback):
     ) -> None:
         if ranks.is_main():
             self.wait()
-            self.writer.shutdown()
             self.live.end()
 
 

@@ -128,7 +128,7 @@ class PackedTrainer(Trainer):
                 counts[0::2].sum(),
                 counts[1::2].sum(),
             ]
-            values = [loss.detach(), *((value * one.weights).sum() for value in of_pairs), *of_tokens]
+            values = [loss.detach(), *((value * one.shares).sum() for value in of_pairs), *of_tokens]
         return loss, torch.stack(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -141,7 +141,7 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def measure(self, pairs: Pairs) -> dict[str, float]:
-        """The metrics of held-out rows: means over pairs, and of tokens over tokens."""
+        """The metrics of held-out rows: the loss is a mean over pairs, and what is of tokens over tokens."""
         self.model.eval()  # type: ignore[union-attr]
         bins = pairs.bins(list(range(len(pairs.rows))), self.args.device)
         return named_values(self.sum_up(bins, backward=False).tolist())
@@ -253,7 +253,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     # ---- measure and save
     first, last = history[0], history[-1]
     of_held_out = dict(enumerate(reference[len(used) :]))
-    held_out = trainer.measure(pairs(rows=held_out_rows, log_probs=of_held_out)) if held_out_rows else {}
+    held_out = trainer.measure(pairs(rows=held_out_rows, log_probs=of_held_out, held_out=True)) if held_out_rows else {}
     save_trained(settings, trainer.model, run)
     return {
         **shared_metrics(trainer, result, history, bf16),

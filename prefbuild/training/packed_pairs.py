@@ -53,7 +53,8 @@ class Bin:
     packed: Packed
     reference: Any  # [S] log-probabilities of the reference
     counts: Any  # [2n] tokens of answers, chosen and rejected by turns
-    weights: Any  # [n] of pairs in the step's loss
+    weights: Any  # [n] of pairs in the loss
+    shares: Any  # [n] of pairs in other metrics, which are means of micro-batches' means
     sizes: list[int]  # of pairs whose loss is computed together; they sum to n
 
 
@@ -65,6 +66,7 @@ class Pairs:
     rows: list[Row]
     log_probs: dict[int, LogProbs]  # by row
     budget: int  # tokens that go through the model at once
+    held_out: bool = False  # all are one step, whose loss is a mean over rows: so Trainer's evaluate has it
 
     def bins(self, step: list[int], device: Any, num_ranks: int = 1, rank: int = 0) -> list[Bin]:
         """One rank's part of the rows of a step, on its device."""
@@ -100,11 +102,13 @@ class Pairs:
         used = [row for unit in units for row, _ in unit]
         packed = pack_rows([self.rows[row] for row in used], device)
         reference = [value for row in used for answer in self.log_probs[row] for value in answer]
+        shares = [weight for unit in units for _, weight in unit]
         return Bin(
             packed=packed,
             reference=on_device(reference, device),
             counts=on_device(packed.lengths, device, torch.int64),
-            weights=on_device([weight for unit in units for _, weight in unit], device),
+            weights=on_device([1 / len(self.rows)] * len(used) if self.held_out else shares, device),
+            shares=on_device(shares, device),
             sizes=[len(unit) for unit in units] if self.need_whole_batches else [len(used)],
         )
 

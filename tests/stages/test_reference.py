@@ -1,6 +1,7 @@
 """prefbuild/stages/reference.py: what it leaves, what it keeps, and when it computes nothing."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained import answer_log_probs, read_prepared, write_prepared
+from trained import answer_log_probs, read_prepared, run_in, write_prepared
 
 from prefbuild.artifact import write_manifest
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO, reference_settings
 from prefbuild.stages import reference
-from prefbuild.training import packed, prepared
+from prefbuild.training import packed_model, prepared, trainer
 from prefbuild.training.log_probs import read_log_probs
 
 Stage = Callable[..., Path]
@@ -53,15 +54,29 @@ def stage(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each part that the model scored had."""
     seen: list[int] = []
-    score_rows = packed.score_rows
+    score_rows = packed_model.score_rows
 
     def count(model: Any, rows: list[Any], **named: Any) -> Any:
         seen.append(len(rows))
         return score_rows(model, rows, **named)
 
-    monkeypatch.setattr(packed, "score_rows", count)
-    monkeypatch.setattr(packed, "check_packed", lambda *_: None)  # which scores rows too
+    monkeypatch.setattr(packed_model, "score_rows", count)
+    monkeypatch.setattr(packed_model, "check_packed", lambda *_: None)  # which scores rows too
     return seen
+
+
+def changed_model(base: Path, folder: Path) -> Path:
+    """A model as another recipe may have left it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(1)
+    weights = {key: value + 0.1 * torch.randn_like(value) for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder, stage="merge", name="other", inputs={})
+    return folder
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -107,7 +122,7 @@ def test_another_recipe_on_the_same_rows_computes_nothing_and_leaves_the_same_by
     first = stage("first")
     assert sum(computed) == 12
     computed.clear()
-    monkeypatch.setattr(packed, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(packed_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
     second = stage("second", beta=0.5, learning_rate=1e-3, lora={"r": 2}, loss_type=["ipo"], num_train_epochs=3.0)
     assert not computed
     for file in ("log_probs.safetensors", "rows.jsonl"):
@@ -122,19 +137,19 @@ def test_what_a_killed_run_computed_is_kept_and_the_end_is_the_same(
     whole = (stage("whole") / "log_probs.safetensors").read_bytes()
     shutil.rmtree(reference.CACHE)
     computed.clear()
-    score_rows = packed.score_rows
+    score_rows = packed_model.score_rows
 
     def die(model: Any, rows: list[Any], **named: Any) -> Any:
         if len(computed) == 3:
             raise KeyboardInterrupt
         return score_rows(model, rows, **named)
 
-    monkeypatch.setattr(packed, "score_rows", die)
+    monkeypatch.setattr(packed_model, "score_rows", die)
     with pytest.raises(KeyboardInterrupt):
         stage("x")
     done = sum(computed[:2])  # the third's numbers were not asked for yet
     computed.clear()
-    monkeypatch.setattr(packed, "score_rows", score_rows)
+    monkeypatch.setattr(packed_model, "score_rows", score_rows)
     assert (stage("x") / "log_probs.safetensors").read_bytes() == whole
     assert sum(computed) == 12 - done
 
@@ -167,16 +182,7 @@ def test_values_that_were_changed_in_the_cache_are_computed_again(stage: Stage, 
 def test_another_recipes_model_is_the_reference_where_it_is_named_and_must_have_the_bases_tokenizer(
     built: Path, stage: Stage, tmp_path: Path
 ) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    other = tmp_path / "other"
-    shutil.copytree(built / "base", other)
-    weights = load_file(other / "model.safetensors")
-    torch.manual_seed(1)
-    weights = {key: value + 0.1 * torch.randn_like(value) for key, value in weights.items()}
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    write_manifest(other, stage="merge", name="other", inputs={})
+    other = changed_model(built / "base", tmp_path / "other")
     (row, *_) = rows = read_prepared(built / "prepared")
     by_base, by_other = (read_log_probs(stage(*asked), rows) for asked in (("x",), ("y", 42, {"reference": other})))
     assert by_other[0][0] == pytest.approx(
@@ -205,6 +211,34 @@ def test_a_reference_that_gives_no_numbers_is_none(
     write_manifest(broken, stage="model", name="broken", inputs={})
     with pytest.raises(StageError, match="log-probability that is no number; it can be no reference"):
         stage("x", inputs={"model": broken})
+
+
+@pytest.mark.parametrize("other", [None, "other"])
+def test_a_training_that_reads_them_is_the_one_that_computes_them_itself_and_trls(
+    built: Path, stage: Stage, other: str | None
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    settings |= {"lora": {"r": 4}, "precision": "float32", "lr_scheduler_type": "constant"}
+    held = None
+    if other:
+        held = changed_model(built / "base", Path(other))
+        settings["reference"] = {"recipe": other}
+    out = stage("x", inputs={"reference": held} if held else {}, **settings)
+
+    def train(folder: str, engine: str, log_probs: Path | None) -> dict[str, Any]:
+        asked = DPO.model_validate({"method": "dpo", "engine": engine, **settings})
+        run = run_in(Path(folder), built / "base", built / "prepared", reference=held, log_probs=log_probs)
+        metrics = trainer("dpo", engine)(asked, run)
+        told = {key: metrics[key] for key in ("loss", "mean_loss", "tokens")}
+        return told | {"step_0": metrics["step_0"]["loss"], "held_out": metrics["held_out"]["loss"]}
+
+    read = train("read", "packed", out)
+    assert read == pytest.approx(train("own", "packed", None), rel=1e-5)
+    assert read == pytest.approx(train("trl", "trl", None), rel=1e-4)
+    assert (read["step_0"] == pytest.approx(math.log(2), abs=1e-6)) is (other is None)
+    out_of_other_rows = stage("short", **{**settings, "max_steps": 1}, inputs={"reference": held} if held else {})
+    with pytest.raises(StageError, match="it is of other rows than those to train on"):
+        train("wrong", "packed", out_of_other_rows)
 
 
 def test_neither_torch_nor_transformers_is_imported_where_all_is_known(built: Path, stage: Stage) -> None:
