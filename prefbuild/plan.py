@@ -18,7 +18,7 @@ from prefbuild.training.packing import into_bins
 Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prompt, chosen, rejected)
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
-FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
+SPARE = 0.1  # the share of memory that is not planned with: it lies in pieces, and estimates are off by as much
 LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
 CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
 FILLING = 127  # tokens that fill a row up on a GPU, at most
@@ -270,7 +270,7 @@ def reference_seconds(how: Arithmetic, rows: Sequence[Row], speed: Speed) -> flo
 
 def usable(memory: int) -> int:
     """Bytes for tensors on a device with so much memory."""
-    return int((memory - CONTEXT) * (1 - FRAGMENTED))
+    return int((memory - CONTEXT) * (1 - SPARE))
 
 
 def plan_packed(
