@@ -15,6 +15,7 @@ a build, from nothing to a published model:
   prefbuild check                     every problem of every recipe, at once
   prefbuild lock                      pin models, data and tasks by digest
   prefbuild preview my-model          rows as the model will see them
+  prefbuild plan my-model             what will fit the GPU, how long it takes
   prefbuild build my-model            train, merge, evaluate, judge (dvc repro)
   prefbuild diff HEAD my-model        what the last edit changed
   prefbuild promote my-model          publish, if its gates passed

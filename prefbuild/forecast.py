@@ -14,6 +14,7 @@ from typing import Any
 
 from prefbuild.device import Device, find_device
 from prefbuild.doctor import longest_row, memory_need
+from prefbuild.errors import UsageError
 from prefbuild.machine import cpu_bf16
 from prefbuild.methods import DPO, PARTS, PromptOptions, split_batch, with_engine
 from prefbuild.plan import (
@@ -104,11 +105,14 @@ class Job:
 
 
 def forecast(root: Path, name: str, *, gpu: str | None = None, gpu_memory: str | None = None) -> Forecast:
-    """Plan a recipe's training, of several GPUs for one. Raises UsageError for an unknown recipe, GPU or size, and where no GPU is known."""
+    """Plan a recipe's training, of several GPUs for one. Raises UsageError for an unknown recipe, GPU or size, for a base
+    whose size is unknown, and where there is no GPU to plan for."""
     project = load_project(root)
     known_recipes([name], project.recipes)
     recipe = project.recipes[name]
     shape = shape_of(project, recipe)
+    if not shape.num_parameters:
+        raise UsageError(f"{name}: nothing can be planned: {shape.source}; run `prefbuild lock {name}`")
     device = find_device(recipe, shape, gpu, gpu_memory)
     precision = recipe.train.precision
     bf16 = precision == "bf16" if precision != "auto" else device.is_gpu or bool(cpu_bf16())

@@ -95,7 +95,8 @@ class TrainOptions(Strict):
     per_device_train_batch_size: int = Field(default=8, ge=1, description="Rows a device takes at once.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches a step.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, a third slower."
+        default=False,
+        description="Recompute activations: less memory, a third slower. DPO's packed engine does so where it must.",
     )
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"

@@ -18,9 +18,10 @@ from prefbuild.training.packing import into_bins
 Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prompt, chosen, rejected)
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
-FRAGMENTED = 0.04  # the share of memory that the allocator can't give out, because it lies in pieces
+SPARE = 0.1  # the share of memory that is not planned with: it lies in pieces, and estimates are off by as much
 LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
 CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
+FILLING = 127  # tokens that fill a row up on a GPU, at most
 SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
@@ -171,7 +172,7 @@ def peak_bytes(how: Arithmetic, load: Load) -> int:
 def forward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     """The device's seconds for all layers: matmuls, which are never faster than their weights are read, and the rest."""
     shape = how.shape
-    layer = PASSES_FORWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[0]
+    layer = PASSES_FORWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[0] + unfused_bytes(how)
     moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     return (
@@ -189,7 +190,7 @@ def backward_seconds(how: Arithmetic, load: Load, speed: Speed) -> float:
     spares all but its own.
     """
     shape = how.shape
-    layer = PASSES_BACKWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[1]
+    layer = PASSES_BACKWARD * layer_bytes(how, load.keys / load.tokens) + lora_bytes(how)[1] + 2 * unfused_bytes(how)
     moved = shape.layers * load.tokens * layer
     unpacked = shape.linear_weights * (0.5 + how.bytes_per_number) if how.quantized and not how.dequantise else 0.0
     trained = 4 * how.num_trained if how.lora_r else 2 * shape.linear_weights
@@ -214,6 +215,18 @@ def lora_bytes(how: Arithmetic) -> tuple[float, float]:
     outputs, inputs = (sum(sizes) for sizes in zip(*((b, a) for a, b in shape.linear), strict=True))
     read = 2 * shape.hidden + shape.queries + shape.intermediate  # q, k and v read one x, and so do gate and up
     return (2 * outputs + read) * how.bytes_per_number, (2 * outputs + 2 * read + 2 * inputs) * how.bytes_per_number
+
+
+def unfused_bytes(how: Arithmetic) -> float:
+    """Bytes that norms, rotary embedding and SwiGLU move in a layer for a token, forward, for being several kernels.
+
+    Two norms read and write numbers in float32 some seven times, queries and keys go through four kernels more, and
+    gate and up through one. Backward it is twice that.
+    """
+    if how.fused:
+        return 0.0
+    shape = how.shape
+    return 30 * shape.hidden + how.bytes_per_number * (7 * (shape.queries + shape.keys) + 2.5 * shape.intermediate)
 
 
 def _linear_seconds(how: Arithmetic, tokens: float, speed: Speed) -> float:
@@ -257,7 +270,7 @@ def reference_seconds(how: Arithmetic, rows: Sequence[Row], speed: Speed) -> flo
 
 def usable(memory: int) -> int:
     """Bytes for tensors on a device with so much memory."""
-    return int((memory - CONTEXT) * (1 - FRAGMENTED))
+    return int((memory - CONTEXT) * (1 - SPARE))
 
 
 def plan_packed(
@@ -301,7 +314,7 @@ def _plan(
     mean = load_of([row for step in steps for row in step])
 
     def peak(tokens: int) -> int:
-        part = tokens / mean.tokens
+        part = (tokens + (FILLING if at_most is None else 0)) / mean.tokens
         scaled = {name: value * part for name, value in vars(mean).items()}
         return peak_bytes(how, Load(**scaled))
 

@@ -122,6 +122,8 @@ def before_imports(stage: str, train: dict[str, Any] | None) -> None:
     report_to = asked_for()
     if stage != "train" or (train is not None and train.get("engine") == "packed" and not report_to):
         leave_out(*UNUSED.get(stage, ()))
+        if "torch" in UNUSED.get(stage, ()):
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is none
     leave_out(*{"wandb", "mlflow", "trackio"}.difference(report_to))
     if not needs_bitsandbytes(train):
         leave_out("bitsandbytes")

@@ -137,6 +137,14 @@ def test_a_gpu_must_be_named_where_there_is_none(project: Path) -> None:
     assert (parse_size("80GB"), parse_size("1.5 GiB")) == (80 * 10**9, 3 * 2**29)
 
 
+def test_a_base_of_unknown_size_is_refused(project: Path) -> None:
+    path = project / "recipes/a.yaml"
+    path.write_text(path.read_text().replace("source: file\n  path: models/tiny", "source: hub\n  repo: me/tiny"))
+    assert run(project, "prefbuild", "plan", "a", "--gpu", "H200", code=2) == (
+        "prefbuild: a: nothing can be planned: its size is unknown, because the base is not pinned; run `prefbuild lock a`\n"
+    )
+
+
 def test_names_of_gpus() -> None:
     names = ("NVIDIA A10G", "NVIDIA A100-SXM4-80GB", "NVIDIA L40", "NVIDIA L4", "h200", "Tesla T4")
     assert [known_kind(name) for name in names] == ["A10", "A100", None, "L4", "H200", None]

@@ -58,8 +58,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return out
 
     def attend(query: Any, key: Any, value: Any, *_: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-        return Flash.apply(query.to(dtype), key.to(dtype), value.to(dtype))
+        return Flash.apply(query, key, value)
 
     monkeypatch.setattr(attention, "_by_segment", attend)
     yield
@@ -161,14 +160,14 @@ def test_a_whole_step_is_one_micro_batch_where_it_fits() -> None:
 
 
 def test_less_memory_means_more_micro_batches_then_checkpointing_then_nothing() -> None:
-    by_memory = {size: plan_packed(MISTRAL, STEPS, size * GIB, lora_r=16) for size in (80, 40, 24, 16, 12)}
-    assert [by_memory[size].fits for size in (80, 40, 24, 16, 12)] == [True, True, True, True, False]
-    assert [by_memory[size].checkpointing for size in (80, 40, 24, 16)] == [False, False, False, True]
+    by_memory = {size: plan_packed(MISTRAL, STEPS, size * GIB, lora_r=16) for size in (80, 40, 24, 19, 12)}
+    assert [by_memory[size].fits for size in (80, 40, 24, 19, 12)] == [True, True, True, True, False]
+    assert [by_memory[size].checkpointing for size in (80, 40, 24, 19)] == [False, False, False, True]
     budgets = [by_memory[size].token_budget for size in (80, 40, 24)]
     assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) == 3
     assert all(found.peak_memory <= usable(size * GIB) for size, found in by_memory.items() if found.fits)
-    assert by_memory[16].seconds_per_step > 1.3 * by_memory[24].seconds_per_step  # layers once more
-    assert not plan_packed(MISTRAL, STEPS, 16 * GIB, lora_r=16, allow_checkpointing=False).fits
+    assert by_memory[19].seconds_per_step > 1.3 * by_memory[24].seconds_per_step  # layers once more
+    assert not plan_packed(MISTRAL, STEPS, 19 * GIB, lora_r=16, allow_checkpointing=False).fits
 
 
 def test_a_quantised_base_is_unpacked_where_memory_allows() -> None:

@@ -43,6 +43,7 @@ def stage(project: Path, name: str) -> set[str]:
     folder = {"model": "models", "data": "data"}.get(name)
     resolved = next((project / "build/.resolved" / folder).iterdir()).stem if folder else "first"
     said = run(project, sys.executable, "-c", RUN, name, resolved, CUDA_VISIBLE_DEVICES="")
+    assert "PyTorch was not found" not in said
     imported = next(line for line in said.splitlines() if line.startswith("imported "))
     return set(imported.split()) & set(HEAVY)
 

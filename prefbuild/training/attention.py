@@ -45,6 +45,10 @@ def attend(
     """Attention of every segment's queries to its keys; [1, T, heads, head], as AttentionInterface has it."""
     _refuse(module, segments, dropout, others)
     assert segments is not None
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary tables are float32 where all weights are, and so are queries and keys then; a kernel wants one format.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     keys = Gather.apply(key.squeeze(0).transpose(0, 1), segments)
     values = Gather.apply(value.squeeze(0).transpose(0, 1), segments)
     queries = query.squeeze(0).transpose(0, 1)
