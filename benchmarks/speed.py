@@ -166,6 +166,9 @@ def prepare_pairs(asked: argparse.Namespace) -> dict[str, Any]:
         for part, number in zip(PARTS, lengths(random, most=8 if asked.quick else None), strict=True):
             start = random.randrange(len(texts[part]) - number)
             row[f"{part}_ids"] = texts[part][start : start + number]
+        # As every chat begins. An end of turn there would be padding's embedding, which is zeros in a random model: its
+        # norm's gradient grows 300-fold a layer.
+        row["prompt_ids"][0] = texts["prompt"][0]
         rows.append(row)
     write_rows(asked.folder / "prepared", rows, [])
     means = {part: round(statistics.fmean(len(row[f"{part}_ids"]) for row in rows), 1) for part in PARTS}
