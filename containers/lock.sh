@@ -34,4 +34,4 @@ END
 
 # PyPI's torch brings CUDA and Triton. Any Python from 3.11 on; docker is what starts containers, not what runs in them.
 echo "$torch" | compile requirements-cuda-torch.txt - --universal
-compile requirements-cuda.txt pyproject.toml --universal --no-emit-package docker
+compile requirements-cuda.txt pyproject.toml --universal --extra gpu --no-emit-package docker
