@@ -81,7 +81,7 @@ def known_or_computed(asked: DPO, model: Path, parts: list[list[Row]], bf16: boo
             with bar:
                 computed = reference_log_probs(asked, model, list(missing.values()), bf16)
                 for (key, rows), part in zip(missing.items(), computed, strict=True):
-                    values = np.array([value for row in part for answer in row for value in answer], "<f4")
+                    values = np.concatenate([answer for row in part for answer in row])
                     if not np.isfinite(values).all():
                         raise StageError(
                             f"{model}: gives an answer a log-probability that is no number; it can be no reference. "

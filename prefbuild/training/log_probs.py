@@ -80,7 +80,7 @@ def read_log_probs(folder: Path, rows: list[Row]) -> list[LogProbs]:
                 f"sha256 {digest[:12]}...): it is of other rows than those to train on; run `dvc repro`"
             )
         start, middle, end = places[digest]
-        found.append((values[start:middle].tolist(), values[middle:end].tolist()))
+        found.append((values[start:middle], values[middle:end]))
     return found
 
 

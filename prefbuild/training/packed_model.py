@@ -42,7 +42,7 @@ def token_log_probs(model: Any, parts: Iterable[list[Row]]) -> Iterator[list[Log
 
     def collect() -> list[LogProbs]:
         values, lengths = waiting.popleft()
-        answers = [answer.tolist() for answer in values.cpu().split(lengths)]
+        answers = [answer.numpy() for answer in values.cpu().split(lengths)]
         return list(zip(answers[0::2], answers[1::2], strict=True))
 
     for rows in parts:

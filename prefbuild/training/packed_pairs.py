@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -101,7 +102,7 @@ class Pairs:
         """Units that are packed together."""
         used = [row for unit in units for row, _ in unit]
         packed = pack_rows([self.rows[row] for row in used], device)
-        reference = [value for row in used for answer in self.log_probs[row] for value in answer]
+        reference = np.concatenate([answer for row in used for answer in self.log_probs[row]])
         shares = [weight for unit in units for _, weight in unit]
         return Bin(
             packed=packed,
@@ -118,8 +119,8 @@ class Pairs:
         return sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
 
 
-def on_device(values: list[Any], device: Any, dtype: Any = torch.float32) -> Any:
-    """A list as a tensor on a device, without waiting for it."""
+def on_device(values: Any, device: Any, dtype: Any = torch.float32) -> Any:
+    """Numbers as a tensor on a device, without waiting for it."""
     found = torch.tensor(values, dtype=dtype)
     return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 

@@ -7,12 +7,17 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefbuild.methods import DPO, PARTS
 from prefbuild.training.packing import Group, packed_size
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Row = dict[str, list[int]]  # {"prompt_ids", "chosen_ids", "rejected_ids"}
-LogProbs = tuple[list[float], list[float]]  # of a row's chosen and rejected tokens, nats
+# Of a row's chosen and rejected tokens, nats, float32.
+LogProbs = tuple["np.ndarray", "np.ndarray"]
 
 # Tokens that go through a model at once without a gradient, by device: enough to keep a GPU busy.
 SCORED_AT_ONCE = {"cuda": 16384, "cpu": 2048}

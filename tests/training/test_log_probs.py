@@ -27,8 +27,12 @@ def folder(tmp_path: Path) -> Path:
 
 def test_rows_are_found_by_their_ids_in_any_order_and_as_often_as_they_are_asked_for(folder: Path) -> None:
     first, second, held_out = ([-4.0], [-5.0, -6.0]), ([0.0, -1.0], [-2.0, -3.0]), ([-7.0], [-8.0])
-    assert read_log_probs(folder, ROWS) == [first, second, held_out]
-    assert read_log_probs(folder, [ROWS[2], ROWS[0], ROWS[2]]) == [held_out, first, held_out]
+
+    def read(rows: list[Row]) -> list[tuple[list[float], list[float]]]:
+        return [(chosen.tolist(), rejected.tolist()) for chosen, rejected in read_log_probs(folder, rows)]
+
+    assert read(ROWS) == [first, second, held_out]
+    assert read([ROWS[2], ROWS[0], ROWS[2]]) == [held_out, first, held_out]
     assert [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()][2] == {
         "file": "held_out.jsonl", "row": 0, "sha256": row_digest(ROWS[2]), "chosen": 1, "rejected": 1,
     }  # fmt: skip
