@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 
 from prefbuild.shape import ModelShape
 from prefbuild.training.packing import into_bins
+from prefbuild.training.prepared import LOGITS_AT_ONCE, SCORED_AT_ONCE
 
 Row = Sequence[int]  # tokens of a prompt, and of each of its completions: (prompt, chosen, rejected)
 
 CONTEXT = 700_000_000  # bytes that CUDA and its libraries take beside tensors
 SPARE = 0.1  # the share of memory that is not planned with: it lies in pieces, and estimates are off by as much
-LOGITS_AT_ONCE = 1 << 26  # as in training/scoring.py, which this file must not import: it imports torch
 CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
 FILLING = 127  # tokens that fill a row up on a GPU, at most
-SCORED_AT_ONCE = 16384  # tokens that go through a reference together, on a GPU
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
 KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_STEP = 45, 100, 400
@@ -261,7 +260,7 @@ def reference_seconds(how: Arithmetic, rows: Sequence[Row], speed: Speed) -> flo
     load = load_of(rows)
     whole = replace(how, lora_r=0)
     seconds = forward_seconds(whole, load, speed) + head_seconds(whole, load.scored, speed, gradient=False)
-    num_bins = -(-load.tokens // SCORED_AT_ONCE)
+    num_bins = -(-load.tokens // SCORED_AT_ONCE["cuda"])
     return max(seconds, num_bins * how.shape.layers * KERNELS_FORWARD * speed.launch)
 
 

@@ -114,12 +114,6 @@ def test_a_layer_keeps_what_the_formula_says(flash: None, lora_r: int | None, bf
     assert layer_bytes(how, load.keys / load.tokens) == pytest.approx((four - two) / 2, rel=0.05)
 
 
-def test_as_many_logits_at_once_as_scoring_computes() -> None:
-    from prefbuild.training import scoring
-
-    assert plan.LOGITS_AT_ONCE == scoring.LOGITS_AT_ONCE
-
-
 # ---- tokens
 
 

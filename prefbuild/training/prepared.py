@@ -21,6 +21,8 @@ LogProbs = tuple["np.ndarray", "np.ndarray"]
 
 # Tokens that go through a model at once without a gradient, by device: enough to keep a GPU busy.
 SCORED_AT_ONCE = {"cuda": 16384, "cpu": 2048}
+# Logits that are there at once, in float32: 256 MiB, a few times over while the gradient is computed.
+LOGITS_AT_ONCE = 1 << 26
 
 
 def read_pairs(path: Path) -> list[Row]:

@@ -6,8 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from prefbuild.training.packing import Packed
-
-LOGITS_AT_ONCE = 1 << 26  # elements in float32: 256 MiB, a few times over while the gradient is computed
+from prefbuild.training.prepared import LOGITS_AT_ONCE
 
 
 class Scores(NamedTuple):
