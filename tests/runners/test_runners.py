@@ -18,8 +18,13 @@ def node(project: Path, kind: str) -> str:
     return next((project / "build/.resolved" / kind).iterdir()).stem
 
 
-def data(project: Path, *options: str, code: int = 0, **env: str) -> str:
+def data(project: Path, *options: str, code: int | None = 0, **env: str) -> str:
     return run(project, "prefbuild", "stage", "data", node(project, "data"), *options, code=code, **env)
+
+
+def docker_ran(text: str) -> bool:
+    """Whether it was the docker runner that refused: without an image, or on a machine without an engine."""
+    return "image cpu is not pinned, so there is nothing to run" in text or "no container engine answers" in text
 
 
 def test_the_machine_itself_is_the_default(project: Path, tmp_path: Path) -> None:
@@ -42,11 +47,10 @@ def test_flag_before_environment_before_settings(project: Path, tmp_path: Path) 
     settings.parent.mkdir()
     settings.write_text("runner: docker\n")
     home = str(tmp_path)
-    assert "image cpu is not pinned" in data(project, code=4, XDG_CONFIG_HOME=home)
+    assert docker_ran(data(project, code=None, XDG_CONFIG_HOME=home))
     assert "done in" in data(project, XDG_CONFIG_HOME=home, PREFBUILD_RUNNER="local")
-    assert "image cpu is not pinned" in data(
-        project, "--runner", "docker", code=4, XDG_CONFIG_HOME=home, PREFBUILD_RUNNER="local"
-    )
+    asked = data(project, "--runner", "docker", code=None, XDG_CONFIG_HOME=home, PREFBUILD_RUNNER="local")
+    assert docker_ran(asked)
 
 
 def test_settings_that_say_something_else_are_refused(project: Path, tmp_path: Path) -> None:
@@ -59,8 +63,8 @@ def test_settings_that_say_something_else_are_refused(project: Path, tmp_path: P
 
 
 def test_a_build_hands_its_runner_to_the_stages(project: Path) -> None:
-    text = run(project, "prefbuild", "build", "first", "--runner", "docker", code=4)
-    assert "image cpu is not pinned, so there is nothing to run" in text
+    text = run(project, "prefbuild", "build", "first", "--runner", "docker", code=None)
+    assert docker_ran(text)
     assert "Running stage" not in text
 
 
