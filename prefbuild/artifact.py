@@ -5,6 +5,7 @@ lists every other file with size and sha256, and the digests of the artifacts th
 digest is the sha256 of the canonical JSON of that file list, so the same files have the same digest anywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,16 @@ KINDS = {
 def merged_folder(recipe: str) -> str:
     """Where a build leaves a recipe's model, from the project's root."""
     return f"build/{recipe}/merged"
+
+
+def writable(cache: Path, inside: Path) -> Path:
+    """The cache; where a container can't write it, `inside` its work folder, so that a killed run goes on from there."""
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    if os.access(cache, os.W_OK):
+        return cache
+    inside.mkdir(parents=True, exist_ok=True)
+    return inside
 
 
 def canonical_json(value: Any) -> str:

@@ -6,7 +6,6 @@ Python classes, tasks that run the model's code (`unsafe_code`), prompts longer 
 cuts on the left with a warning. A kept measurement is trusted when its manifest is right: nothing signs it.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -19,7 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import digest_of, read_json, verify_artifact, write_atomic, write_json, write_manifest
+from prefbuild.artifact import (
+    digest_of,
+    read_json,
+    verify_artifact,
+    writable,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
 from prefbuild.errors import StageError
 from prefbuild.localtask import Measurement, check_files, load_task, task_digest
 from prefbuild.machine import cpu_bf16
@@ -55,7 +62,7 @@ def measure(
         "scorer": SCORER,
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")},
     }
-    cache = writable(cache, work)
+    cache = writable(cache, work / "evaluations")
     samples.mkdir(parents=True)
     names = [measurement["name"] for measurement in measurements]
     metrics = {}
@@ -115,17 +122,6 @@ def load_model(model: Path, batch_size: int, dtype: str, device: str) -> Any:
 
 
 # ---- kept measurements
-
-
-def writable(cache: Path, work: Path) -> Path:
-    """The cache; where a container can't write it, a folder in `work`, so that a killed run goes on from there."""
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-    if os.access(cache, os.W_OK):
-        return cache
-    inside = work / "evaluations"
-    inside.mkdir(parents=True, exist_ok=True)
-    return inside
 
 
 def is_kept(kept: Path, measurement: Measurement, facts: dict[str, Any]) -> bool:

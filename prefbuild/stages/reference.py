@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prefbuild.artifact import digest_of, read_manifest, verify_artifact
+from prefbuild.artifact import digest_of, read_manifest, verify_artifact, writable
 from prefbuild.errors import StageError
 from prefbuild.machine import cpu_bf16, cpu_flags
 from prefbuild.methods import DPO, PARTS
 from prefbuild.resolve import STAGE_VERSIONS
 from prefbuild.training.log_probs import open_cache, part_key, write_log_probs
-from prefbuild.training.prepared import Row, in_parts, read_pairs, rows_of_a_run
+from prefbuild.training.prepared import Row, in_parts, read_ids, rows_of_a_run
 
 CACHE = Path("build/.work/references")
 # Beside torch, whose versions may round otherwise.
@@ -37,7 +37,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Path], outputs: dict[str, Pa
 
         check_tokenizer(inputs["model"], model, prepared / "train.jsonl", PARTS["pairs"])
 
-    rows = {file: read_pairs(prepared / file) for file in ("train.jsonl", "held_out.jsonl")}
+    rows = {file: read_ids(prepared / file, PARTS["pairs"]) for file in ("train.jsonl", "held_out.jsonl")}
     numbers = {file: list(range(len(rows[file]))) for file in rows}
     if "seed" in settings:  # less than an epoch
         numbers["train.jsonl"] = rows_of_a_run(asked, settings["seed"], len(rows["train.jsonl"]))
@@ -49,7 +49,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Path], outputs: dict[str, Pa
     kept = digest_of(facts).removeprefix("sha256:")[:32] + ".db"
     # In the order of their use, so that a longer run finds what a shorter one computed; held-out rows by themselves.
     parts = [*in_parts(used["train.jsonl"], device), *in_parts(used["held_out.jsonl"], device)]
-    values = known_or_computed(asked, model, parts, bf16, _writable(CACHE, work) / kept, name)
+    values = known_or_computed(asked, model, parts, bf16, writable(CACHE, work / "references") / kept, name)
     places = {file: list(zip(numbers[file], used[file], strict=True)) for file in rows}
     write_log_probs(outputs["reference_log_probs"], places, values)
 
@@ -128,12 +128,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _writable(cache: Path, work: Path) -> Path:
-    """The cache; where a container can't write it, a folder in `work`, so that a killed run goes on from there."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return work / "references"
-    return cache if os.access(cache, os.W_OK) else work / "references"

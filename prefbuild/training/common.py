@@ -226,15 +226,24 @@ def shared_metrics(trainer: Any, result: Any, history: list[dict[str, Any]], bf1
     }
 
 
+def dpo_metrics(
+    trainer: Any, result: Any, history: list[dict[str, Any]], held_out: dict[str, float], bf16: bool
+) -> dict[str, Any]:
+    """train.json of DPO, whichever engine trained. `held_out` are metrics by TRL's names; {} without held-out rows."""
+    first, last = history[0], history[-1]
+    return {
+        **shared_metrics(trainer, result, history, bf16),
+        "rewards": pick(last, "rewards/"),
+        "logps": pick(last, "logps/"),
+        "step_0": {"loss": first["loss"], "margins": first["rewards/margins"]},
+        "chosen_logps_change": last["logps/chosen"] - first["logps/chosen"],
+        "held_out": {"loss": held_out["loss"], "rewards": pick(held_out, "rewards/")} if held_out else {},
+    }
+
+
 def pick(entry: dict[str, float], prefix: str) -> dict[str, float]:
     """The metrics of one family, by their last name: {"rewards/margins": 1} -> {"margins": 1}."""
     return {key.removeprefix(prefix): value for key, value in sorted(entry.items()) if key.startswith(prefix)}
-
-
-def read_ids(path: Path, parts: tuple[str, ...]) -> list[dict[str, list[int]]]:
-    """The token ids of prepared rows, by part: {"prompt_ids": [...], ...}."""
-    with open(path, encoding="utf-8") as file:
-        return [{f"{part}_ids": row[f"{part}_ids"] for part in parts} for row in map(json.loads, file)]
 
 
 def machine() -> dict[str, str]:

@@ -11,17 +11,17 @@ from prefbuild.methods import DPO, PARTS
 from prefbuild.training import Run
 from prefbuild.training.common import (
     callbacks,
+    dpo_metrics,
     load_policy,
     lora_config,
     newest_checkpoint,
     pick,
-    read_ids,
     run_trainer,
     save_trained,
     set_up,
-    shared_metrics,
     trainer_arguments,
 )
+from prefbuild.training.prepared import read_ids
 from prefbuild.training.reference import check_tokenizer, load_reference, reference_checks
 
 
@@ -88,14 +88,6 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
-    first, last = history[0], history[-1]
-    held_out = trainer.evaluate() if held_out_rows else {}
+    held_out = pick(trainer.evaluate(), "eval_") if held_out_rows else {}
     save_trained(settings, trainer.model, run)
-    return {
-        **shared_metrics(trainer, result, history, bf16),
-        "rewards": pick(last, "rewards/"),
-        "logps": pick(last, "logps/"),
-        "step_0": {"loss": first["loss"], "margins": first["rewards/margins"]},
-        "chosen_logps_change": last["logps/chosen"] - first["logps/chosen"],
-        "held_out": {"loss": held_out["eval_loss"], "rewards": pick(held_out, "eval_rewards/")} if held_out else {},
-    }
+    return dpo_metrics(trainer, result, history, held_out, bf16)

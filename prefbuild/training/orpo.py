@@ -14,7 +14,6 @@ from prefbuild.training.common import (
     lora_config,
     newest_checkpoint,
     pick,
-    read_ids,
     run_trainer,
     save_trained,
     set_up,
@@ -22,6 +21,7 @@ from prefbuild.training.common import (
     trainer_arguments,
 )
 from prefbuild.training.pairs import PreparedPairs
+from prefbuild.training.prepared import read_ids
 
 
 def train(settings: ORPO, run: Run) -> dict[str, Any]:

@@ -19,13 +19,12 @@ from prefbuild.methods import DPO, PARTS
 from prefbuild.training import Run, ranks
 from prefbuild.training.common import (
     callbacks,
+    dpo_metrics,
     lora_config,
     newest_checkpoint,
-    pick,
     run_trainer,
     save_trained,
     set_up,
-    shared_metrics,
     trainer_arguments,
 )
 from prefbuild.training.fused import fuse
@@ -41,7 +40,7 @@ from prefbuild.training.packed_model import (
 )
 from prefbuild.training.packed_pairs import Bin, Pairs, StepLoader, Steps
 from prefbuild.training.planned import plan_run
-from prefbuild.training.prepared import LogProbs, Row, in_parts, read_pairs, rows_of_a_run, steps_of_a_run
+from prefbuild.training.prepared import LogProbs, Row, in_parts, read_ids, rows_of_a_run, steps_of_a_run
 from prefbuild.training.reference import check_tokenizer, reference_checks
 from prefbuild.training.scoring import score
 
@@ -209,8 +208,8 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     arguments = trainer_arguments(TrainingArguments, as_trainer, run=run, bf16=bf16, remove_unused_columns=False)
 
     # ---- data
-    train_rows = read_pairs(run.prepared / "train.jsonl")
-    held_out_rows = read_pairs(run.prepared / "held_out.jsonl")
+    train_rows = read_ids(run.prepared / "train.jsonl", PARTS["pairs"])
+    held_out_rows = read_ids(run.prepared / "held_out.jsonl", PARTS["pairs"])
     used = rows_of_a_run(settings, run.seed, len(train_rows))
 
     # ---- reference
@@ -251,15 +250,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     result, history = run_trainer(trainer, settings, checkpoint)
 
     # ---- measure and save
-    first, last = history[0], history[-1]
     of_held_out = dict(enumerate(reference[len(used) :]))
     held_out = trainer.measure(pairs(rows=held_out_rows, log_probs=of_held_out, held_out=True)) if held_out_rows else {}
     save_trained(settings, trainer.model, run)
-    return {
-        **shared_metrics(trainer, result, history, bf16),
-        "rewards": pick(last, "rewards/"),
-        "logps": pick(last, "logps/"),
-        "step_0": {"loss": first["loss"], "margins": first["rewards/margins"]},
-        "chosen_logps_change": last["logps/chosen"] - first["logps/chosen"],
-        "held_out": {"loss": held_out["loss"], "rewards": pick(held_out, "rewards/")} if held_out else {},
-    }
+    return dpo_metrics(trainer, result, history, held_out, bf16)

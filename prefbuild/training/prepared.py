@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefbuild.methods import DPO, PARTS
+from prefbuild.methods import DPO
 from prefbuild.training.packing import Group, packed_size
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ SCORED_AT_ONCE = {"cuda": 16384, "cpu": 2048}
 LOGITS_AT_ONCE = 1 << 26
 
 
-def read_pairs(path: Path) -> list[Row]:
-    """The token ids of prepared pairs."""
+def read_ids(path: Path, parts: tuple[str, ...]) -> list[Row]:
+    """The token ids of prepared rows, by part: {"prompt_ids": [...], ...}."""
     with open(path, encoding="utf-8") as file:
-        return [{f"{part}_ids": row[f"{part}_ids"] for part in PARTS["pairs"]} for row in map(json.loads, file)]
+        return [{f"{part}_ids": row[f"{part}_ids"] for part in parts} for row in map(json.loads, file)]
 
 
 def group_of(row: Row) -> Group:

@@ -15,13 +15,13 @@ from prefbuild.training.common import (
     lora_config,
     model_options,
     newest_checkpoint,
-    read_ids,
     run_trainer,
     save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
 )
+from prefbuild.training.prepared import read_ids
 
 OWN = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
 

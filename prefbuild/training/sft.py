@@ -12,13 +12,13 @@ from prefbuild.training.common import (
     load_policy,
     lora_config,
     newest_checkpoint,
-    read_ids,
     run_trainer,
     save_trained,
     set_up,
     shared_metrics,
     trainer_arguments,
 )
+from prefbuild.training.prepared import read_ids
 
 IGNORED = -100  # a label that is in no loss
 
