@@ -274,23 +274,27 @@ def callbacks(run: Run, checkpoint: Path | None) -> list[TrainerCallback]:
 class Curves(TrainerCallback):
     """Log every point with DVCLive; curves of a resumed run go on where the checkpoint left them.
 
-    A point is a dozen small files: they are written by a thread, while the next step is computed.
+    A point is a dozen small files: they are written by a thread, while the next step is computed. DVCLive takes a second
+    or two to import; that is the thread's first task, while a model is loaded.
     """
 
     def __init__(self, folder: Path, resume_from: Path | None):
         if not ranks.is_main():
             return
+        os.environ.pop("DVC_ROOT", None)  # DVCLive would take it for its own
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self.last: Future[None] = self.writer.submit(self.open, folder, resume_from)
+
+    def open(self, folder: Path, resume_from: Path | None) -> None:
+        """Begin the curves, or go on with a checkpoint's."""
         from dvclive import Live, live
 
         # DVCLive only draws the curves here: the stage is DVC's already, and a repository without a commit, or a
         # container without git, would make it raise.
         live.get_dvc_repo = lambda: None
-        os.environ.pop("DVC_ROOT", None)
         if resume_from is not None:
             shutil.copytree(resume_from / "live", folder, dirs_exist_ok=True)
         self.live = Live(str(folder), resume=resume_from is not None, save_dvc_exp=False, dvcyaml=None)
-        self.writer = ThreadPoolExecutor(max_workers=1)
-        self.last: Future[None] | None = None
 
     def on_log(
         self,
@@ -318,8 +322,7 @@ class Curves(TrainerCallback):
 
     def wait(self) -> None:
         """Until all is written. Raises what went wrong there."""
-        if self.last is not None:
-            self.last.result()
+        self.last.result()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if ranks.is_main():

@@ -22,7 +22,7 @@ class FusedLora(torch.autograd.Function):
         # number format here; adapters are kept in float32.
         weights, biases = [weight.to(x.dtype) for weight in layers[0::4]], layers[1::4]
         a = torch.cat(layers[2::4]).to(x.dtype)  # [sum of r, in]
-        bs = [(b * scale).to(x.dtype) for b, scale in zip(layers[3::4], scales, strict=True)]
+        bs = [(b if scale == 1 else b * scale).to(x.dtype) for b, scale in zip(layers[3::4], scales, strict=True)]
         ctx.ranks = [b.shape[1] for b in bs]
         ctx.scales = scales
         down = x @ a.t()  # [T, sum of r]
@@ -46,7 +46,8 @@ class FusedLora(torch.autograd.Function):
         of_a = (back.t() @ x).float().split(ctx.ranks)
         into = []
         for gradient, part, scale, into_a in zip(gradients, down.split(ctx.ranks, 1), ctx.scales, of_a, strict=True):
-            into += [None, None, into_a, (gradient.t() @ part).float().mul_(scale)]
+            into_b = (gradient.t() @ part).float()
+            into += [None, None, into_a, into_b if scale == 1 else into_b.mul_(scale)]
         return into_x, None, *into
 
 
@@ -131,6 +132,66 @@ def _plain(layer: Any) -> bool:
         and not getattr(layer.lora_dropout[name], "p", 0.0)
         and not layer.base_layer.weight.requires_grad
     )
+
+
+class Rows(torch.autograd.Function):
+    """[T, H] -> [R, H]: some rows, each once."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any, places: Any) -> Any:
+        ctx.save_for_backward(places)
+        ctx.shape = tensor.shape
+        return tensor.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return put_rows(gradient, ctx.saved_tensors[0], ctx.shape[0]), None
+
+
+class AmongZeros(torch.autograd.Function):
+    """[R, H] -> [T, H]: rows in their places, and zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Any, places: Any, number: int) -> Any:
+        ctx.save_for_backward(places)
+        return put_rows(rows, places, number)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def put_rows(rows: Any, places: Any, number: int) -> Any:
+    """[number, H] zeros with rows [R, H] in their places, each once."""
+    out = rows.new_zeros(number, rows.shape[1])
+    # index_copy_; `unsafe` leaves out the checks of its deterministic form, which wait for the GPU.
+    return torch.ops.aten._index_put_impl_(out, [places], rows, accumulate=False, unsafe=True)
+
+
+def leave_out_unread(model: Any) -> bool:
+    """Have the last layer's MLP compute the positions whose hidden state is read (Segments.read); whether it does.
+
+    Nothing else sees what it gives: prompts, all but their last token, are two fifths of DPO's rows. After `fuse`.
+    """
+    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    layer = (getattr(whole.base_model, "layers", None) or [None])[-1]
+    mlp = getattr(layer, "mlp", None)
+    if layer is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        return False
+    of_all, read = mlp.forward, [None]
+
+    def of_some(hidden: Any) -> Any:
+        if read[0] is None:
+            return of_all(hidden)
+        rows = of_all(Rows.apply(hidden.flatten(0, 1), read[0]))
+        return AmongZeros.apply(rows, read[0], hidden[..., 0].numel()).view(hidden.shape)
+
+    def before(_layer: Any, _arguments: Any, named: dict[str, Any]) -> None:
+        read[0] = getattr(named.get("segments"), "read", None)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    mlp.forward = of_some
+    return True
 
 
 def on_gpu(model: Any) -> bool:

@@ -27,7 +27,7 @@ from prefbuild.training.common import (
     set_up,
     trainer_arguments,
 )
-from prefbuild.training.fused import fuse
+from prefbuild.training.fused import fuse, leave_out_unread
 from prefbuild.training.log_probs import read_log_probs
 from prefbuild.training.losses import answer_sums, dpo_loss
 from prefbuild.training.packed_model import (
@@ -207,6 +207,9 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     )
     arguments = trainer_arguments(TrainingArguments, as_trainer, run=run, bf16=bf16, remove_unused_columns=False)
 
+    checkpoint = newest_checkpoint(run.work, settings.use_peft)
+    watching = callbacks(run, checkpoint)
+
     # ---- data
     train_rows = read_ids(run.prepared / "train.jsonl", PARTS["pairs"])
     held_out_rows = read_ids(run.prepared / "held_out.jsonl", PARTS["pairs"])
@@ -219,7 +222,6 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     reference = log_probs_of_another(settings, run, scored, bf16)
 
     # ---- model
-    checkpoint = newest_checkpoint(run.work, settings.use_peft)
     sizes = [tuple(len(row[f"{part}_ids"]) for part in PARTS["pairs"]) for row in train_rows]
     steps = steps_of_a_run(settings, run.seed, len(train_rows))
     plan = plan_run(settings, run.model, [[sizes[index] for index in step] for step in steps], bf16)
@@ -231,6 +233,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
     if settings.disable_dropout:
         without_dropout(model)
     fuse(model)
+    leave_out_unread(model)
     with autocast(model, bf16):
         check_packed(model.eval(), scored[:rows_a_step])
         if reference is None:  # the base itself, which is at hand
@@ -245,7 +248,7 @@ def train(settings: DPO, run: Run) -> dict[str, Any]:
         model=model,
         args=arguments,
         processing_class=AutoTokenizer.from_pretrained(run.model, local_files_only=True),
-        callbacks=[*callbacks(run, checkpoint), *reference_checks(settings, run)],
+        callbacks=[*watching, *reference_checks(settings, run)],
     )
     result, history = run_trainer(trainer, settings, checkpoint)
 

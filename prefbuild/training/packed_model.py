@@ -12,7 +12,7 @@ from prefbuild.errors import StageError
 from prefbuild.methods import DPO
 from prefbuild.training.attention import OTHER_ENGINE, use_packed_attention
 from prefbuild.training.common import model_options
-from prefbuild.training.fused import dequantise, fuse
+from prefbuild.training.fused import dequantise, fuse, leave_out_unread
 from prefbuild.training.packing import Packed, pack, packed_size
 from prefbuild.training.prepared import LogProbs, Row, group_of
 from prefbuild.training.scoring import Scores, score
@@ -61,6 +61,7 @@ def reference_log_probs(settings: DPO, model: Path, parts: list[list[Row]], bf16
         return
     reference = load_model(settings, model, bf16)
     fuse(reference)
+    leave_out_unread(reference)
     with autocast(reference, bf16):
         check_packed(reference.eval(), parts[0])
         yield from token_log_probs(reference, parts)

@@ -28,6 +28,7 @@ class Segments:
     own: Any  # [T] int64: where in `keys` each position is in its own segment
     prompts: Any  # [P] int64: positions of prompt tokens
     uses: Any  # [P, C] int64: where in `keys` each of these is in its completions; None where groups differ in number
+    read: Any = None  # [R] int64: positions whose last hidden state is read, each once; None: any may be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ def pack(groups: Sequence[Group], device: Any, multiple_of: int = 1) -> Packed:
     own: list[Any] = []
     prompts: list[Any] = []
     uses: list[list[Any]] = []
+    read: list[Any] = []
     lengths: list[int] = []
     query_ends, key_ends = [0], [0]
 
@@ -86,12 +88,14 @@ def pack(groups: Sequence[Group], device: Any, multiple_of: int = 1) -> Packed:
         segment(start, np.asarray(prompt, np.int64), nothing, 0)
         prompts.append(place)
         uses.append([])
+        read.append(place[-1:])
         for completion in completions:
             begin = query_ends[-1]
             uses[-1].append(key_ends[-1] + np.arange(len(prompt)))
             segment(begin, np.asarray(completion, np.int64), place, len(prompt))
             # The first token is predicted by the prompt's last, the others by the one before.
-            sources.append(np.r_[place[-1], np.arange(begin, begin + len(completion) - 1)])
+            read.append(np.arange(begin, begin + len(completion) - 1))
+            sources.append(np.r_[place[-1], read[-1]])
             targets.append(np.asarray(completion, np.int64))
             lengths.append(len(completion))
     num_tokens = query_ends[-1]
@@ -120,6 +124,7 @@ def pack(groups: Sequence[Group], device: Any, multiple_of: int = 1) -> Packed:
             uses=tensor([np.stack(of_group, axis=1).ravel() for of_group in uses]).view(-1, per_group.pop())
             if same
             else None,
+            read=tensor(read),
         ),
         sources=tensor(sources),
         targets=tensor(targets),

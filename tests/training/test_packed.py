@@ -97,8 +97,8 @@ def test_scores_and_gradients_of_adapters_are_those_of_a_padded_batch(tiny_model
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from prefbuild.training.fused import fuse
-    from prefbuild.training.packed_model import load_model, score_rows
+    from prefbuild.training.fused import fuse, leave_out_unread
+    from prefbuild.training.packed_model import load_model, pack_rows, score_rows
 
     torch.manual_seed(0)
     model = get_peft_model(
@@ -132,8 +132,12 @@ def test_scores_and_gradients_of_adapters_are_those_of_a_padded_batch(tiny_model
     from prefbuild.training.attention import use_packed_attention
 
     use_packed_attention(model.get_base_model())
-    assert fuse(model) and len(wanted_gradients) > 10
+    assert fuse(model) and leave_out_unread(model) and len(wanted_gradients) > 10
+    seen = []
+    model.get_base_model().model.layers[-1].mlp.act_fn.register_forward_hook(lambda *found: seen.append(len(found[2])))
     found, _ = score_rows(model, rows)
+    # Of the last layer's MLP is asked what a scored token is predicted from, and no more.
+    assert seen == [len(set(pack_rows(rows, torch.device("cpu")).sources.tolist()))] != [found.log_probs.numel()]
     torch.testing.assert_close(found.log_probs, wanted, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients(found.log_probs).items():
         difference = (gradient - wanted_gradients[name]).norm() / wanted_gradients[name].norm()
@@ -220,6 +224,7 @@ def test_what_fills_a_row_up_is_scored_nowhere() -> None:
     packed = pack([([1, 2, 3], [[4], [5, 6]])], "cpu", multiple_of=8)
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0]] and packed.num_tokens == 6
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]
+    assert packed.segments.read.tolist() == [2, 4]
     assert packed.sources.tolist() == [2, 2, 4] and packed.targets.tolist() == [4, 5, 6]
     with pytest.raises(ValueError, match="empty prompt or completion"):
         pack([([1], [[]])], "cpu")
