@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from prefbuild.errors import StageError
@@ -112,11 +113,13 @@ def check_packed(model: Any, rows: list[Row]) -> None:
         scores, _ = score_rows(model, shortest)
         whole.set_attn_implementation("sdpa")
         try:
-            alone = [
-                _alone(model, row["prompt_ids"], row[f"{answer}_ids"])
-                for row in shortest
-                for answer in ("chosen", "rejected")
-            ]
+            # Not cuDNN's, which first plans each length that it meets: a second of every start.
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                alone = [
+                    _alone(model, row["prompt_ids"], row[f"{answer}_ids"])
+                    for row in shortest
+                    for answer in ("chosen", "rejected")
+                ]
         finally:
             use_packed_attention(whole)
     difference = (scores.log_probs - torch.cat(alone)).abs().mean().item()
