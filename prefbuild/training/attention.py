@@ -4,6 +4,7 @@ On a GPU in half precision it is torch's varlen_attn (FlashAttention's kernel fo
 aligns a causal mask to the end where keys are more than queries); elsewhere SDPA, segment by segment.
 """
 
+import importlib.util
 import inspect
 from functools import cache
 from typing import Any
@@ -88,6 +89,9 @@ class Gather(torch.autograd.Function):
         if segments.uses is None:
             raise NotImplementedError("groups of different numbers of completions are for scoring alone")
         out = gradient.index_select(0, segments.own)
+        if (kernels := _kernels(gradient)) is not None:
+            kernels.add_uses(out, gradient.contiguous(), segments.prompts, segments.uses)
+            return out, None
         whole = out.index_select(0, segments.prompts).float()
         for use in segments.uses.unbind(1):
             whole += gradient.index_select(0, use)
@@ -111,6 +115,20 @@ def _varlen(query: Any, key: Any, value: Any, segments: Segments, scaling: float
         window_size=(-1, 0),  # causal, aligned to the end
         **_gqa(),
     )
+
+
+def _kernels(tensor: Any) -> Any:
+    """The module of Triton kernels where there is a GPU for them, else None."""
+    return _triton() if tensor.is_cuda else None
+
+
+@cache
+def _triton() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from prefbuild.training import attention_kernels
+
+    return attention_kernels
 
 
 @cache
