@@ -145,6 +145,7 @@ def packed_plan(how: Arithmetic, steps: list[list[Row]], memory: int, speed: Spe
         statistics=how.statistics,
         bytes_per_number=how.bytes_per_number,
         fused=how.fused,
+        head_again=how.head_again,
         speed=speed,
     )
 
@@ -313,6 +314,7 @@ def arithmetic_of(recipe: Recipe, shape: ModelShape, *, bf16: bool, is_gpu: bool
         lora_r=train.lora.r if train.use_peft else None,
         bytes_per_number=2 if bf16 else 4,
         fused=is_gpu,
+        head_again=isinstance(train, PromptOptions),
         statistics=True,
         quantized=train.quantization is not None,
     )

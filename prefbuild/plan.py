@@ -6,7 +6,7 @@ these kernels where that is longer. What autograd keeps is counted on a CPU (tes
 on a GPU (benchmarks/plan.py).
 
 Covered: llama-like models (attention, norms, a gated MLP) with a LoRA adapter or all weights. Not covered: mixtures of
-experts, DoRA, other programs on the same device.
+experts, DoRA, soft caps of logits, other programs on the same device.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ SPARE = 0.1  # the share of memory that is not planned with: it lies in pieces, 
 CPU_TOKENS = 8192  # of a micro-batch on a CPU: what it computes must not depend on memory
 FILLING = 127  # tokens that fill a row up on a GPU, at most
 LOGIT_BYTES = 18  # of each of these: itself in two formats, its gradient's two parts, and their sum
+KERNEL_LOGIT_BYTES = 2  # the same of a head that is one kernel: its gradient takes its place
 # Kernels that the host launches for a layer, forward and backward, and for a step beside layers.
 KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_STEP = 45, 100, 400
 # Of a captured graph: kernels a layer that decodes, and for a token beside layers; seconds that each takes at least.
@@ -52,7 +53,8 @@ class Arithmetic:
     shape: ModelShape
     lora_r: int | None  # None: all weights; 0: none, as for scoring
     bytes_per_number: int = 2
-    fused: bool = True  # norms, rotary embedding and SwiGLU in kernels of their own
+    fused: bool = True  # norms, rotary embedding, SwiGLU and the head in kernels of their own
+    head_again: bool = False  # the head is TRL's, as for GRPO: logits are computed again for the gradient
     statistics: bool = False  # entropies beside log-probabilities
     quantized: bool = False  # a base in NF4 ...
     dequantise: bool = False  # ... which is unpacked once
@@ -64,6 +66,11 @@ class Arithmetic:
         if self.lora_r is None:
             return self.shape.num_parameters
         return self.lora_r * self.shape.layers * sum(a + b for a, b in self.shape.linear)
+
+    @property
+    def fused_head(self) -> bool:
+        """Whether log-probabilities and their gradient are one kernel's: of a head in half precision, not trained."""
+        return self.fused and not self.head_again and self.lora_r is not None and self.bytes_per_number == 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +166,8 @@ def peak_bytes(how: Arithmetic, load: Load) -> int:
     layer = load.tokens * layer_bytes(how, load.keys / load.tokens)
     kept = layer + load.tokens * shape.layers * shape.hidden * size if how.checkpointing else layer * shape.layers
     kept += load.tokens * (2 * shape.hidden + 2 * shape.head_dim) * size  # embeddings, the last norm, rotary tables
-    chunk = min(LOGITS_AT_ONCE, load.scored * shape.vocabulary) * (LOGIT_BYTES + (4 if how.statistics else 0))
+    each = KERNEL_LOGIT_BYTES if how.fused_head else LOGIT_BYTES + (4 if how.statistics else 0)
+    chunk = min(LOGITS_AT_ONCE, load.scored * shape.vocabulary) * each
     head = chunk + 3 * load.scored * shape.hidden * size
     backward = load.tokens * ((1 if how.fused else 3) * shape.intermediate + 3 * shape.hidden) * size
     return int(fixed_bytes(how) + kept + max(head, backward))
@@ -234,9 +242,15 @@ def _linear_seconds(how: Arithmetic, tokens: float, speed: Speed) -> float:
 
 
 def head_seconds(how: Arithmetic, scored: float, speed: Speed, *, gradient: bool) -> float:
-    """The head's: logits forward, and for a gradient once more, and the gradient itself."""
+    """The head's: logits forward, for a gradient once more unless it is a kernel's, and the gradient itself.
+
+    A kernel's logits are written and read, and for a gradient read again, overwritten, and read by its matmul.
+    """
     shape = how.shape
-    flops, moved = (6, 2 * LOGIT_BYTES + 12) if gradient else (2, 12)
+    if how.fused_head:
+        flops, moved = (4, 5 * KERNEL_LOGIT_BYTES) if gradient else (2, 2 * KERNEL_LOGIT_BYTES)
+    else:
+        flops, moved = (6, 2 * LOGIT_BYTES + 12) if gradient else (2, 12)
     return scored * shape.vocabulary * (flops * shape.hidden / speed.matmul + moved / speed.bandwidth)
 
 
@@ -283,6 +297,7 @@ def plan_packed(
     statistics: bool = False,
     bytes_per_number: int = 2,
     fused: bool = True,
+    head_again: bool = False,
     speed: Speed | None = H200,
 ) -> PackedPlan:
     """The fastest way to do these steps on a device with that memory; the one that takes least where none fits.
@@ -292,7 +307,8 @@ def plan_packed(
     again, the base is unpacked, and a micro-batch has CPU_TOKENS at most, whatever its memory; its seconds mean nothing.
     """
     how = Arithmetic(
-        shape=shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused, statistics=statistics, quantized=quantized
+        shape=shape, lora_r=lora_r, bytes_per_number=bytes_per_number, fused=fused, head_again=head_again,
+        statistics=statistics, quantized=quantized,
     )  # fmt: skip
     ways = [
         replace(how, dequantise=dequantise, checkpointing=checkpointing)

@@ -199,6 +199,20 @@ def test_an_adapters_matmuls_move_what_they_read_and_write() -> None:
     assert plan.lora_bytes(Arithmetic(shape=MISTRAL, lora_r=None)) == (0, 0)
 
 
+def test_a_head_that_is_a_kernel_computes_its_logits_once_and_keeps_them_in_half_precision() -> None:
+    how = Arithmetic(shape=MISTRAL, lora_r=16, statistics=True)
+    load = load_of(STEPS[0])
+    matmul, pass_ = (load.scored * 32002 * part for part in (2 * 4096 / H200.matmul, 2 / H200.bandwidth))
+    assert plan.head_seconds(how, load.scored, H200, gradient=True) == pytest.approx(2 * matmul + 5 * pass_)
+    assert plan.head_seconds(how, load.scored, H200, gradient=False) == pytest.approx(matmul + 2 * pass_)
+    for change in ({"fused": False}, {"lora_r": None}, {"bytes_per_number": 4}, {"head_again": True}):
+        other = replace(how, **change)
+        assert plan.head_seconds(other, load.scored, H200, gradient=True) > 3 * matmul + 20 * pass_
+    # Without an MLP the head is where memory peaks.
+    thin = replace(how, shape=replace(MISTRAL, intermediate=1))
+    assert peak_bytes(replace(thin, head_again=True), load) - peak_bytes(thin, load) == (22 - 2) * 2**26
+
+
 def test_decoding_reads_weights_and_cache() -> None:
     found = plan_rollout(SMOLLM2, 2, 16, 450, 96)
     assert found.cache == 16 * 546 * 2 * 30 * 3 * 64 * 2

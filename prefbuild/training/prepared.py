@@ -21,7 +21,8 @@ LogProbs = tuple["np.ndarray", "np.ndarray"]
 
 # Tokens that go through a model at once without a gradient, by device: enough to keep a GPU busy.
 SCORED_AT_ONCE = {"cuda": 16384, "cpu": 2048}
-# Logits that are there at once, in float32: 256 MiB, a few times over while the gradient is computed.
+# Logits that are there at once: 128 MiB where a kernel does the head, else 256 MiB in float32, a few times over while
+# the gradient is computed.
 LOGITS_AT_ONCE = 1 << 26
 
 
