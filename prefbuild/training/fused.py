@@ -174,9 +174,9 @@ def leave_out_unread(model: Any) -> bool:
     Nothing else sees what it gives: prompts, all but their last token, are two fifths of DPO's rows. After `fuse`.
     """
     whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    layer = (getattr(whole.base_model, "layers", None) or [None])[-1]
-    mlp = getattr(layer, "mlp", None)
-    if layer is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+    *_, layer = getattr(whole.base_model, "layers", [None])
+    mlp: Any = getattr(layer, "mlp", None)
+    if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
     of_all, read = mlp.forward, [None]
 
