@@ -63,7 +63,7 @@ def room(rows, vocabulary, like):
     return like.new_empty(rows, triton.cdiv(vocabulary, ALIGNED) * ALIGNED)
 
 
-def log_probs(logits, vocabulary, targets, out, scale, *, gradient, block=4096, num_warps=8):
+def log_probs(logits, vocabulary, targets, out, scale, *, gradient, block=2048, num_warps=8):
     """Of logits [n, room] times `scale`: into `out` the log-probabilities [n] of targets [n], and if it has four
 
     entropies, whether each target is the likeliest (of equals the first), and mean logits. With `gradient`, logits

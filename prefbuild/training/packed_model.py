@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = T
     options = model_options(settings, bf16)
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+    with no_first_values():
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise StageError(f"{folder}: its loss has a term of the experts' router, which packing has not; {OTHER_ENGINE}")
@@ -93,6 +95,20 @@ def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = T
     use_packed_attention(model)
     model.config.use_cache = False
     return model
+
+
+@contextmanager
+def no_first_values() -> Iterator[None]:
+    """Leave out the random values that torch gives linear layers: a checkpoint's follow, and they take a second or two.
+
+    transformers itself gives values to weights that a checkpoint lacks.
+    """
+    reset = torch.nn.Linear.reset_parameters
+    torch.nn.Linear.reset_parameters = lambda _layer: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def without_dropout(model: Any) -> None:

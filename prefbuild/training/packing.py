@@ -53,7 +53,8 @@ def packed_size(group: Group) -> int:
 def pack(groups: Sequence[Group], device: Any, multiple_of: int = 1) -> Packed:
     """Lay groups out in one row. Prompts and completions have a token each at least.
 
-    With `multiple_of` the row is filled up with token 0 in a segment of its own, which nothing reads.
+    With `multiple_of` the row is filled up with token 0 in a segment of its own, which nothing reads, and `read` with
+    positions that nothing reads: matmuls are set up anew for each number of rows that they meet.
     """
     import numpy as np
     import torch
@@ -101,6 +102,9 @@ def pack(groups: Sequence[Group], device: Any, multiple_of: int = 1) -> Packed:
     num_tokens = query_ends[-1]
     if filling := -num_tokens % multiple_of:
         segment(num_tokens, np.zeros(filling, np.int64), nothing, 0)
+
+    unread = np.setdiff1d(np.arange(query_ends[-1]), np.concatenate(read or [nothing]))
+    read.append(unread[: -(query_ends[-1] - len(unread)) % multiple_of])
 
     def tensor(parts: list[Any], dtype: Any = torch.int64) -> Any:
         # Not blocking: the host goes on while the GPU still computes the step before.

@@ -1,5 +1,6 @@
 """Log-probabilities of the tokens of completions, and of no others; never all logits at once."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prefbuild.training.packing import Packed
 from prefbuild.training.prepared import LOGITS_AT_ONCE
+
+TILE = 128  # rows that a matmul on a GPU computes at once
 
 
 class Scores(NamedTuple):
@@ -118,6 +121,17 @@ def by_kernel(head: Any, hidden: Any, targets: Any, statistics: bool, scale: flo
     return columns
 
 
+def chunks(num: int, size: int) -> Iterator[slice]:
+    """What covers `num` rows in chunks of `size`, a multiple of TILE. The last begins earlier, to be of whole tiles too.
+
+    A matmul is set up anew for each shape that it meets, which takes the host milliseconds; so there are few.
+    """
+    for start in range(0, num, size):
+        rows = min(size, -(-(num - start) // TILE) * TILE, num)
+        first = min(start, num - rows)
+        yield slice(first, first + rows)
+
+
 class HeadLogProbs(torch.autograd.Function):
     """Log-probabilities of tokens by a frozen linear head, and what Scores has beside them.
 
@@ -136,10 +150,9 @@ class HeadLogProbs(torch.autograd.Function):
         columns = tuple(targets.new_empty(num, dtype=dtype) for dtype in formats[: 4 if statistics else 1])
         into_hidden = torch.empty_like(hidden) if gradient else None
         size = max(1, LOGITS_AT_ONCE // vocabulary)
-        size = size // 128 * 128 or size  # whole tiles, whose results begin at aligned addresses
+        size = size // TILE * TILE or size  # whole tiles, whose results begin at aligned addresses
         memory = room(min(size, num), vocabulary, hidden)
-        for start in range(0, num, size):
-            part = slice(start, start + size)
+        for part in chunks(num, size):
             some = hidden[part]
             rows = memory[: len(some)]
             logits = rows[:, :vocabulary]

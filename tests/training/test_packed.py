@@ -224,7 +224,8 @@ def test_what_fills_a_row_up_is_scored_nowhere() -> None:
     packed = pack([([1, 2, 3], [[4], [5, 6]])], "cpu", multiple_of=8)
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0]] and packed.num_tokens == 6
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]
-    assert packed.segments.read.tolist() == [2, 4]
+    assert packed.segments.read.tolist() == [2, 4, 0, 1, 3, 5, 6, 7]
+    assert pack([([1, 2, 3], [[4], [5, 6]])], "cpu").segments.read.tolist() == [2, 4]
     assert packed.sources.tolist() == [2, 2, 4] and packed.targets.tolist() == [4, 5, 6]
     with pytest.raises(ValueError, match="empty prompt or completion"):
         pack([([1], [[]])], "cpu")

@@ -197,3 +197,12 @@ def test_what_a_model_does_to_its_logits_is_read_from_its_config() -> None:
 if __name__ == "__main__":
     check_kernel("cpu", 4999, 64, 200, bias=False)
     check_kernel("cpu", 256, 64, 200, bias=True)
+
+
+@pytest.mark.parametrize("num", [0, 5, 128, 129, 256, 300, 512, 700])
+def test_chunks_cover_all_rows_and_have_few_sizes(num: int) -> None:
+    from prefbuild.training.scoring import chunks
+
+    parts = list(chunks(num, 256))
+    assert sorted({row for part in parts for row in range(num)[part]}) == list(range(num))
+    assert {part.stop - part.start for part in parts} <= ({num} if num < 128 else {128, 256, num})
