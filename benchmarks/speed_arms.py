@@ -377,7 +377,7 @@ def run_here(arm: str, folder: Path, options: dict[str, Any], out: Path) -> None
     try:
         found = ARMS[arm](folder, options)
     except torch.OutOfMemoryError as error:
-        found = {"failed": str(error).splitlines()[0]}
+        found = {"failed": ". ".join(str(error).split(". ")[:2])}
     out.write_text(json.dumps(found))
 
 

@@ -54,6 +54,7 @@ class PackedTrainer(Trainer):
         super().__init__(train_dataset=pairs.rows, **named)
         self.pairs = pairs
         self.logged: list[Any] = []  # VALUES of the steps since the last logged point, on the device
+        self.unread: Point | None = None
         self.iterator: Any = None
         self.ahead: tuple[list[int], list[Bin]] | None = None  # the next step
 
@@ -130,12 +131,40 @@ class PackedTrainer(Trainer):
             values = [loss.detach(), *((value * one.shares).sum() for value in of_pairs), *of_tokens]
         return loss, torch.stack(values)
 
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *arguments: Any, **named: Any) -> None:
+        """As Trainer's, but a point is logged when the step after it has been launched.
+
+        To read it is to wait until the GPU has done all that it was given, and then it has nothing to do until the host
+        has launched some more.
+        """
+        should_log = self.control.should_log
+        self.log_unread()
+        self.control.should_log = should_log  # which logging took back
+        at_once = self.control.should_save or self.control.should_evaluate or self.control.should_training_stop
+        if should_log and not at_once and not self.pairs.settings.stop_if:
+            self.unread = Point(self, tr_loss, grad_norm, named.get("learning_rate"))
+            tr_loss -= tr_loss
+            self._globalstep_last_logged = self.state.global_step
+            self.logged.clear()
+            self.control.should_log = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, **named)
+
+    def log_unread(self) -> None:
+        """Log the last step's point as it would have been logged then."""
+        if self.unread is None:
+            return
+        point, self.unread = self.unread, None
+        loss, logs = point.read()
+        self._total_loss_scalar += loss
+        state, now = self.state, (self.state.global_step, self.state.epoch)
+        state.global_step, state.epoch = point.step, point.epoch
+        super().log(logs)
+        state.global_step, state.epoch = now
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the metrics of TRL's DPOTrainer, by its names: means over the steps since the last point."""
         if self.logged and "loss" in logs:
-            points = [named_values(values) for values in torch.stack(self.logged).tolist()]
-            logs |= {key: sum(point[key] for point in points) / len(points) for key in points[0] if key != "loss"}
-            logs["num_tokens"] = float(self._total_train_tokens)
+            logs |= means(torch.stack(self.logged).tolist()) | {"num_tokens": float(self._total_train_tokens)}
             self.logged.clear()
         super().log(logs, start_time)
 
@@ -152,6 +181,36 @@ VALUES = (
     *("logps/chosen", "logps/rejected", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"),
     *("chosen_tokens", "rejected_tokens"),
 )
+
+
+class Point:
+    """What is logged of a step, on its way from the device."""
+
+    def __init__(self, trainer: PackedTrainer, loss: Any, grad_norm: Any, learning_rate: float | None):
+        """`loss` is the sum over the steps since the last point."""
+        self.step, self.epoch = trainer.state.global_step, trainer.state.epoch
+        self.num_steps = self.step - trainer._globalstep_last_logged
+        self.learning_rate, self.num_tokens = learning_rate, float(trainer._total_train_tokens)
+        found = torch.stack([loss.float(), torch.as_tensor(grad_norm, device=loss.device).float()])
+        self.found = [one.to("cpu", non_blocking=True) for one in (found, torch.stack(trainer.logged))]
+        self.copied = None
+        if loss.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self) -> tuple[float, dict[str, Any]]:
+        """(summed loss, what is logged), when it has come."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, grad_norm = self.found[0].tolist()
+        logs = {"loss": loss / self.num_steps, "grad_norm": grad_norm, "learning_rate": self.learning_rate}
+        return loss, logs | means(self.found[1].tolist()) | {"num_tokens": self.num_tokens}
+
+
+def means(steps: list[list[float]]) -> dict[str, float]:
+    """Means of steps' VALUES by TRL's names; the loss is Trainer's."""
+    points = [named_values(values) for values in steps]
+    return {key: sum(point[key] for point in points) / len(points) for key in points[0] if key != "loss"}
 
 
 def named_values(values: list[float]) -> dict[str, float]:

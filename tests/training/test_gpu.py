@@ -2,11 +2,12 @@
 
 import multiprocessing
 import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trained import digest, read_prepared, train, train_and_die, write_prepared
+from trained import digest, train, train_and_die, write_prepared
 
 from prefbuild.methods import METHODS, SHAPES, TRAIN_METRICS
 
@@ -40,15 +41,21 @@ def test_two_steps_on_the_real_model(method: str, how: str, smollm2: Path, tmp_p
         assert abs(metrics["step_0"]["margins"]) < 0.02
 
 
-def test_packed_pairs_score_and_pull_as_padded_ones_do_in_bf16(smollm2: Path, tmp_path: Path) -> None:
+def test_packed_pairs_score_and_pull_as_padded_ones_do_in_bf16(smollm2: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from prefbuild.template import load_tokenizer
     from prefbuild.training.attention import use_packed_attention
-    from prefbuild.training.fused import fuse
+    from prefbuild.training.fused import fuse, leave_out_unread
     from prefbuild.training.packed_model import load_model, score_rows
 
-    rows = read_prepared(write_prepared(tmp_path / "prepared", smollm2, "pairs"))
+    # Of a chat's lengths: what rounding does to a few tokens' sum is more of it than of a hundred's.
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    ids_of_text = iter(load_tokenizer(smollm2)(text)["input_ids"])
+    lengths = [(90, 70, 160), (40, 120, 60), (150, 60, 110), (60, 200, 90)]
+    parts = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{part: list(islice(ids_of_text, num)) for part, num in zip(parts, row, strict=True)} for row in lengths]
     sequences = [(row["prompt_ids"], row[f"{answer}_ids"]) for row in rows for answer in ("chosen", "rejected")]
     longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
     ids = torch.tensor([[*p, *a] + [0] * (longest - len(p) - len(a)) for p, a in sequences]).cuda()
@@ -81,13 +88,15 @@ def test_packed_pairs_score_and_pull_as_padded_ones_do_in_bf16(smollm2: Path, tm
 
     model = adapted()
     use_packed_attention(model.get_base_model())
-    assert fuse(model)
+    assert fuse(model) and leave_out_unread(model)
     with torch.autocast("cuda", torch.bfloat16):
-        scores, lengths = score_rows(model, rows)
-    sums = torch.stack([one.sum() for one in scores.log_probs.split(lengths)])
+        scores, counts = score_rows(model, rows)
+    sums = torch.stack([one.sum() for one in scores.log_probs.split(counts)])
     ours, gradient = sums.detach(), pull(model, sums)
     (exact, exact_gradient), (theirs, their_gradient) = padded(bf16=False), padded(bf16=True)
     assert ((ours - theirs).abs() / theirs.abs()).max() < 1e-2
+    losses = [-torch.nn.functional.logsigmoid(-0.1 * (one[0::2] - one[1::2])).sum().item() for one in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     # Rounding in bf16 moves a gradient further than it moves a score: ours no further than padding's own.
     errors = [((one - exact_gradient).norm() / exact_gradient.norm()).item() for one in (gradient, their_gradient)]
     assert errors[0] < 1.5 * errors[1], errors
