@@ -17,12 +17,10 @@ class FusedLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, scales: tuple[float, ...], *layers: Any) -> tuple[Any, ...]:
-        # x [T, in]; then weight [out, in], bias [out] or None, A [r, in] and B [out, r] of every layer. All in x's
-        # number format here; adapters are kept in float32.
+    def forward(ctx: Any, x: Any, scales: tuple[float, ...], a: Any, bs: list[Any], *layers: Any) -> tuple[Any, ...]:
+        # x [T, in]; a [sum of r, in] and bs [out, r], times their scales, in x's number format; then weight [out, in],
+        # bias [out] or None, A [r, in] and B [out, r] of every layer, which is where gradients go.
         weights, biases = [weight.to(x.dtype) for weight in layers[0::4]], layers[1::4]
-        a = torch.cat(layers[2::4]).to(x.dtype)  # [sum of r, in]
-        bs = [(b if scale == 1 else b * scale).to(x.dtype) for b, scale in zip(layers[3::4], scales, strict=True)]
         ctx.ranks = [b.shape[1] for b in bs]
         ctx.scales = scales
         down = x @ a.t()  # [T, sum of r]
@@ -48,7 +46,7 @@ class FusedLora(torch.autograd.Function):
         for gradient, part, scale, into_a in zip(gradients, down.split(ctx.ranks, 1), ctx.scales, of_a, strict=True):
             into_b = (gradient.t() @ part).float()
             into += [None, None, into_a, into_b if scale == 1 else into_b.mul_(scale)]
-        return into_x, None, *into
+        return into_x, None, None, None, *into
 
 
 def fuse(model: Any) -> list[str]:
@@ -61,6 +59,7 @@ def fuse(model: Any) -> list[str]:
     return done
 
 
+NAME = "default"  # PEFT's, of the adapter
 # Layers that read the same tensor, one after the other, by the names of transformers' models.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -75,8 +74,10 @@ def fuse_lora(model: Any) -> int:
         parent, _, last = name.rpartition(".")
         names = next((names for names in TOGETHER if last in names), (last,))
         groups.setdefault((parent, names), []).append(layer)
+    shared: list[Group] = []
     for layers in groups.values():
-        group = Group(layers)
+        group = Group(layers, shared)
+        shared.append(group)
         for layer in layers:
             layer.forward = partial(group.forward, layer)
     return len(plain)
@@ -85,51 +86,80 @@ def fuse_lora(model: Any) -> int:
 class Group:
     """LoRA layers that are called with the same tensor: the first call computes them all."""
 
-    def __init__(self, layers: list[Any]):
-        self.layers = layers
+    def __init__(self, layers: list[Any], shared: "list[Group]"):
+        """`shared` are all groups of a model. What of the layers is looked up here stays theirs, as optimizers ask too."""
+        self.layers, self.shared = layers, shared
         self.x: Any = None
         self.outs: dict[int, Any] = {}  # of layers that are not called yet, by id
+        self.scales = tuple(float(layer.scaling[NAME]) for layer in layers)
+        self.all_a = [layer.lora_A[NAME].weight for layer in layers]
+        self.all_b = [layer.lora_B[NAME].weight for layer in layers]
+        bases = [(layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
+        self.parts = [
+            part for (base, a, b) in zip(bases, self.all_a, self.all_b, strict=True) for part in (*base, a, b)
+        ]
+        self.cast: tuple[Any, list[Any]] | None = None  # FusedLora's a and bs
+        self.cast_of: Any = None  # the weights of which they are, as they were
 
     def forward(self, layer: Any, x: Any, *_arguments: Any, **_named: Any) -> Any:
         """What a layer's own forward gives."""
         if layer.disable_adapters or layer.merged:
             return layer.base_layer(x)
         if self.x is not x or id(layer) not in self.outs:
-            self.x, self.outs = x, dict(zip(map(id, self.layers), _together(self.layers, x), strict=True))
+            self.x, self.outs = x, dict(zip(map(id, self.layers), self.together(x), strict=True))
         out = self.outs.pop(id(layer))
         if not self.outs:
             self.x = None  # kept no longer than needed
         return out
 
+    def together(self, x: Any) -> list[Any]:
+        """What every layer gives."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), self.scales, *self.in_format(x.dtype), *self.parts)
+        return [out.view(*x.shape[:-1], -1) for out in outs]
 
-def _together(layers: list[Any], x: Any) -> list[Any]:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    name = "default"
-    parts = [
-        part
-        for layer in layers
-        for part in (
-            layer.base_layer.weight,
-            layer.base_layer.bias,
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-        )
-    ]
-    with torch.autocast(device, enabled=False):
-        outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), tuple(layer.scaling[name] for layer in layers), *parts)
-    return [out.view(*x.shape[:-1], -1) for out in outs]
+    def in_format(self, dtype: Any) -> tuple[Any, list[Any]]:
+        """FusedLora's a and bs. What an optimizer has changed is cast for all groups at once: there are hundreds."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # A graph that is replayed must cast what the weights are then.
+            bs = zip(self.all_b, self.scales, strict=True)
+            return torch.cat(self.all_a).to(dtype), [(b * scale).to(dtype) for b, scale in bs]
+        if self.cast is None or self.cast_of != self.state(dtype):
+            cast_all(self.shared, dtype)
+        assert self.cast is not None
+        return self.cast
+
+    def state(self, dtype: Any) -> Any:
+        """What says that the weights are as they were."""
+        return dtype, [one._version for one in self.all_a], [one._version for one in self.all_b]
+
+
+@torch.no_grad()
+def cast_all(groups: list[Group], dtype: Any) -> None:
+    """Cast the adapters' weights of all groups to a number format."""
+    targets, sources, scales = [], [], []
+    for group in groups:
+        a = group.all_a[0].new_empty(sum(map(len, group.all_a)), group.all_a[0].shape[1], dtype=dtype)
+        bs = [torch.empty_like(b, dtype=dtype) for b in group.all_b]
+        group.cast, group.cast_of = (a, bs), group.state(dtype)
+        targets += [*a.split([len(one) for one in group.all_a]), *bs]
+        sources += [*group.all_a, *group.all_b]
+        scales += [*[1.0] * len(group.all_a), *group.scales]
+    if any(scale != 1 for scale in scales):
+        sources = list(torch._foreach_mul(sources, scales))
+    torch._foreach_copy_(targets, sources)
 
 
 def _plain(layer: Any) -> bool:
-    name = "default"
     return (
         type(layer.base_layer) is torch.nn.Linear
-        and list(layer.lora_A) == [name]
-        and not layer.lora_variant.get(name)  # DoRA and others
-        and not layer.lora_bias.get(name)
-        and not getattr(layer.lora_dropout[name], "p", 0.0)
+        and list(layer.lora_A) == [NAME]
+        and not layer.lora_variant.get(NAME)  # DoRA and others
+        and not layer.lora_bias.get(NAME)
+        and not getattr(layer.lora_dropout[NAME], "p", 0.0)
         and not layer.base_layer.weight.requires_grad
     )
 
