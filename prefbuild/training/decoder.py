@@ -53,6 +53,7 @@ class Decoder:
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.scale = self.head_size**-0.5
         self.copies: list[tuple[Tensor, Any]] = []  # where weights go, and the module or parameter they come from
+        self.sources: list[Tensor] = []  # the weights of those
 
         self.embedding = self._plain(inner.get_input_embeddings())
         self.layers = [self._layer(layer) for layer in inner.model.layers]
@@ -119,11 +120,10 @@ class Decoder:
 
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie that `refresh` reads; a graph of it holds as long as these are the same."""
-        found = []
-        for _, source in self.copies:
-            tensors = [source] if isinstance(source, Tensor) else list(source.parameters())
-            found += [tensor.data_ptr() for tensor in tensors]
-        return tuple(found)
+        if not self.sources:  # which an optimizer holds on to as well: they stay the same tensors
+            for _, source in self.copies:
+                self.sources += [source] if isinstance(source, Tensor) else list(source.parameters())
+        return tuple(tensor.data_ptr() for tensor in self.sources)
 
     # ---- forward
     def empty_cache(self, num_rows: int, length: int) -> Cache:

@@ -2,7 +2,9 @@
 grouped.py. Rewards, advantages, losses and metrics stay TRL's own.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from prefbuild.errors import StageError
@@ -58,8 +60,36 @@ def walk_less(model: Any, settings: PromptOptions) -> None:
             parameter.grad = None
 
     model.train, model.zero_grad = train_unless_it_does, zero_grad
-    if settings.use_peft and not settings.gradient_checkpointing:
+    if not settings.use_peft:
+        return
+    if not settings.gradient_checkpointing:
         model.is_gradient_checkpointing = False  # PEFT's wrapper would ask every module
+    layers, whole_copies = adapted(model)
+    if whole_copies:
+        return
+
+    @contextlib.contextmanager
+    def disable_adapter() -> Iterator[None]:
+        """PEFT's first asks for the state of all adapters, and then has no weight require a gradient for that time."""
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    model.disable_adapter = disable_adapter
+
+
+def adapted(model: Any) -> tuple[list[Any], bool]:
+    """(layers that have an adapter, whether PEFT trains copies of whole modules beside them)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return layers, any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules)
 
 
 def with_graphs(trainer_class: Any) -> Any:
@@ -109,6 +139,7 @@ def with_graphs(trainer_class: Any) -> Any:
 
         def create_optimizer(self, *arguments: Any) -> Any:
             walk_less(self.model, self.prompts.settings)
+            self.accelerator.unwrap_model = functools.cache(self.accelerator.unwrap_model)  # another walk
             return super().create_optimizer(*arguments)
 
         def _clip_grad_norm(self, model: Any) -> Any:
