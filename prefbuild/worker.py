@@ -124,6 +124,8 @@ def before_imports(stage: str, train: dict[str, Any] | None) -> None:
         leave_out(*UNUSED.get(stage, ()))
         if "torch" in UNUSED.get(stage, ()):
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is none
+    if stage in UNUSED:
+        leave_out("chardet")  # requests would take its tables, of a second, for what charset_normalizer does as well
     leave_out(*{"wandb", "mlflow", "trackio"}.difference(report_to))
     if not needs_bitsandbytes(train):
         leave_out("bitsandbytes")

@@ -10,7 +10,7 @@ from project import make_project, run
 # Libraries that take a second and more, or half of one.
 HEAVY = (
     "torch", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes", "lm_eval", "pandas", "scipy",
-    "pyarrow", "dvc", "dvclive", "docker", "huggingface_hub", "wandb", "mlflow", "trackio", "deepspeed",
+    "pyarrow", "dvc", "dvclive", "docker", "huggingface_hub", "wandb", "mlflow", "trackio", "deepspeed", "chardet",
 )  # fmt: skip
 MODELS = {"torch", "transformers", "peft", "accelerate", "huggingface_hub"}
 NEEDED = {
