@@ -217,10 +217,15 @@ def ours_dpo(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     `reference_s` is that part alone: in a build it is stage reference, which another run on the same rows finds done.
     """
     from prefbuild.artifact import sha256_file
+    from prefbuild.methods import DPO
     from prefbuild.worker import before_imports
 
     settings = dpo_settings(options)
-    before_imports("train", settings)  # as the stage's process starts
+    # As the stage's process starts.
+    before_imports("train", settings)
+    from prefbuild.training.ahead import read_ahead
+
+    read_ahead(DPO.model_validate(settings), Path(options["model"]))
     from prefbuild.training import packed
 
     times = []

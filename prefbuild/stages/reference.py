@@ -66,6 +66,9 @@ def known_or_computed(asked: DPO, model: Path, parts: list[list[Row]], bf16: boo
         num_rows, num_missing = (sum(map(len, some)) for some in (parts, missing.values()))
         print(f"reference: {num_rows} rows, {num_rows - num_missing} kept from before", file=sys.stderr)
         if missing:
+            from prefbuild.training.ahead import read_ahead
+
+            read_ahead(asked, model)
             from prefbuild.training.common import set_up
             from prefbuild.training.packed_model import reference_log_probs
 

@@ -23,7 +23,12 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         verify_artifact(judge)
     from prefbuild.training import Run, ranks, trainer
 
-    method = settings["train"]["method"]
+    method, engine = settings["train"]["method"], settings["train"].get("engine")
+    asked = METHODS[method].model_validate(settings["train"])
+    if engine == "packed" and ("reference" not in inputs or "reference_log_probs" in inputs):
+        from prefbuild.training.ahead import read_ahead
+
+        read_ahead(asked, inputs["model"])
     one = Run(
         name=name,
         seed=settings["seed"],
@@ -36,7 +41,7 @@ def run(settings: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Pat
         live=outputs["live"].parent,
         work=work,
     )
-    metrics = trainer(method, settings["train"].get("engine"))(METHODS[method].model_validate(settings["train"]), one)
+    metrics = trainer(method, engine)(asked, one)
     if ranks.is_main():
         write_json(outputs["metrics"], metrics)
     ranks.leave()

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prefbuild.errors import StageError
 from prefbuild.methods import DPO
+from prefbuild.training.ahead import take
 from prefbuild.training.attention import OTHER_ENGINE, use_packed_attention
 from prefbuild.training.common import model_options
 from prefbuild.training.fused import dequantise, fuse, leave_out_unread
@@ -86,7 +88,15 @@ def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = T
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
     with no_first_values():
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        weights = take(folder)
+        if weights is not None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+            model.config.name_or_path = str(folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+        del weights
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise StageError(f"{folder}: its loss has a term of the experts' router, which packing has not; {OTHER_ENGINE}")

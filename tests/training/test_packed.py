@@ -247,3 +247,28 @@ def test_four_bit_weights_are_dequantised_to_what_they_multiply_by() -> None:
     assert dequantise(model) == 1 and type(model[0]) is torch.nn.Linear
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
     assert math.isfinite(before.sum().item())
+
+
+def test_a_model_whose_weights_are_read_ahead_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from prefbuild.training import ahead
+    from prefbuild.training.packed_model import load_model
+
+    settings = DPO(method="dpo")
+    ahead.begin(tiny_model, "cpu")
+    one, other = (load_model(settings, tiny_model, bf16=True) for _ in range(2))  # the second reads by itself
+    assert one.config.to_dict() == other.config.to_dict() and one.dtype == other.dtype
+    weights = other.state_dict()
+    assert one.state_dict().keys() == weights.keys() and len(weights) > 10
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
+    assert one.get_output_embeddings().weight is one.get_input_embeddings().weight or not one.config.tie_word_embeddings
+
+    # What can't be read is said by whoever loads it: here in a file of a sharded checkpoint that is cut.
+    other.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    ahead.begin(tmp_path, "cpu")
+    assert ahead.take(tmp_path) is None and ahead.take(tmp_path) is None
+    with pytest.raises(Exception, match="(?i)incomplete|invalid|header|deserializ"):
+        load_model(settings, tmp_path, bf16=True)
