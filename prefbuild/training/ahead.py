@@ -32,12 +32,13 @@ def read_ahead(settings: TrainOptions, folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a checkpoint's weights are in."""
+    """The safetensors files that a checkpoint's weights are in; none where one is missing, as its loading will say."""
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names) if (folder / name).exists()]
+    files = [folder / name for name in sorted(names)]
+    return files if all(file.exists() for file in files) else []
 
 
 def begin(folder: Path, device: str) -> None:

@@ -272,3 +272,6 @@ def test_a_model_whose_weights_are_read_ahead_is_the_same(tiny_model: Path, tmp_
     assert ahead.take(tmp_path) is None and ahead.take(tmp_path) is None
     with pytest.raises(Exception, match="(?i)incomplete|invalid|header|deserializ"):
         load_model(settings, tmp_path, bf16=True)
+    shard.unlink()
+    ahead.begin(tmp_path, "cpu")
+    assert ahead.take(tmp_path) is None
