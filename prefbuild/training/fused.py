@@ -118,17 +118,17 @@ class Group:
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), self.scales, *self.in_format(x.dtype), *self.parts)
+            outs = FusedLora.apply(x.reshape(-1, x.shape[-1]), self.scales, *self.in_format_of(x), *self.parts)
         return [out.view(*x.shape[:-1], -1) for out in outs]
 
-    def in_format(self, dtype: Any) -> tuple[Any, list[Any]]:
+    def in_format_of(self, x: Any) -> tuple[Any, list[Any]]:
         """FusedLora's a and bs. What an optimizer has changed is cast for all groups at once: there are hundreds."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
             # A graph that is replayed must cast what the weights are then.
             bs = zip(self.all_b, self.scales, strict=True)
-            return torch.cat(self.all_a).to(dtype), [(b * scale).to(dtype) for b, scale in bs]
-        if self.cast is None or self.cast_of != self.state(dtype):
-            cast_all(self.shared, dtype)
+            return torch.cat(self.all_a).to(x.dtype), [(b * scale).to(x.dtype) for b, scale in bs]
+        if self.cast is None or self.cast_of != self.state(x.dtype):
+            cast_all(self.shared, x.dtype)
         assert self.cast is not None
         return self.cast
 
