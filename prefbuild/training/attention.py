@@ -4,7 +4,6 @@ On a GPU in half precision it is torch's varlen_attn (FlashAttention's kernel fo
 aligns a causal mask to the end where keys are more than queries); elsewhere SDPA, segment by segment.
 """
 
-import importlib.util
 import inspect
 from functools import cache
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefbuild.errors import StageError
+from prefbuild.machine import has_triton
 from prefbuild.training.packing import Segments
 
 NAME = "prefbuild_packed"
@@ -124,7 +124,7 @@ def _kernels(tensor: Any) -> Any:
 
 @cache
 def _triton() -> Any:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     from prefbuild.training import attention_kernels
 

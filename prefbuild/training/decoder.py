@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefbuild.errors import StageError
+from prefbuild.machine import has_triton
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary positions whose frequencies depend on the length of what is read.
@@ -257,10 +258,8 @@ def _refused(what: str) -> StageError:
 
 def _kernels(device: Any, head_size: int) -> Any:
     """The module of Triton kernels where there is a GPU for them, else None."""
-    import importlib.util
-
     fits = head_size >= 16 and head_size & (head_size - 1) == 0
-    if device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or not fits or not has_triton():
         return None
     from prefbuild.training import decode_kernels
 

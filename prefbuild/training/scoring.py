@@ -1,13 +1,13 @@
 """Log-probabilities of the tokens of completions, and of no others; never all logits at once."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from prefbuild.machine import has_triton
 from prefbuild.training.packing import Packed
 from prefbuild.training.prepared import LOGITS_AT_ONCE
 
@@ -102,7 +102,7 @@ def kernel_dtype(head: Any, device: Any, dtype: Any, cap: float | None) -> Any:
 
     It does plain heads that are not trained, in half precision on a GPU.
     """
-    if device.type != "cuda" or cap or type(head) is not torch.nn.Linear or find_spec("triton") is None:
+    if device.type != "cuda" or cap or type(head) is not torch.nn.Linear or not has_triton():
         return None
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
