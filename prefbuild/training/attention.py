@@ -89,7 +89,7 @@ class Gather(torch.autograd.Function):
         if segments.uses is None:
             raise NotImplementedError("groups of different numbers of completions are for scoring alone")
         out = gradient.index_select(0, segments.own)
-        if (kernels := _kernels(gradient)) is not None:
+        if gradient.is_cuda and (kernels := _triton()) is not None:
             kernels.add_uses(out, gradient.contiguous(), segments.prompts, segments.uses)
             return out, None
         whole = out.index_select(0, segments.prompts).float()
@@ -117,13 +117,9 @@ def _varlen(query: Any, key: Any, value: Any, segments: Segments, scaling: float
     )
 
 
-def _kernels(tensor: Any) -> Any:
-    """The module of Triton kernels where there is a GPU for them, else None."""
-    return _triton() if tensor.is_cuda else None
-
-
 @cache
 def _triton() -> Any:
+    """The module of Triton's kernels, where it can be used."""
     if not has_triton():
         return None
     from prefbuild.training import attention_kernels

@@ -165,17 +165,17 @@ def _plain(layer: Any) -> bool:
 
 
 class Rows(torch.autograd.Function):
-    """[T, H] -> [R, H]: some rows, each once."""
+    """[T, H] -> [R, H]: some rows, each once unless `repeated`, whose gradients are then added up in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Any, places: Any) -> Any:
+    def forward(ctx: Any, tensor: Any, places: Any, repeated: bool = False) -> Any:
         ctx.save_for_backward(places)
-        ctx.shape = tensor.shape
+        ctx.number, ctx.repeated = len(tensor), repeated
         return tensor.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        return put_rows(gradient, ctx.saved_tensors[0], ctx.shape[0]), None
+        return put_rows(gradient, ctx.saved_tensors[0], ctx.number, add=ctx.repeated), None, None
 
 
 class AmongZeros(torch.autograd.Function):
@@ -191,11 +191,11 @@ class AmongZeros(torch.autograd.Function):
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def put_rows(rows: Any, places: Any, number: int) -> Any:
-    """[number, H] zeros with rows [R, H] in their places, each once."""
+def put_rows(rows: Any, places: Any, number: int, *, add: bool = False) -> Any:
+    """[number, H] zeros with rows [R, H] in their places: each of its own, or with `add` those of one place added up."""
     out = rows.new_zeros(number, rows.shape[1])
-    # index_copy_; `unsafe` leaves out the checks of its deterministic form, which wait for the GPU.
-    return torch.ops.aten._index_put_impl_(out, [places], rows, accumulate=False, unsafe=True)
+    # index_copy_ or index_add_; `unsafe` leaves out the checks of their deterministic forms, which wait for the GPU.
+    return torch.ops.aten._index_put_impl_(out, [places], rows, accumulate=add, unsafe=True)
 
 
 def leave_out_unread(model: Any) -> bool:

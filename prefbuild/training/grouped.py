@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefbuild.training.attention import use_packed_attention
-from prefbuild.training.fused import fuse
+from prefbuild.training.fused import Rows, fuse
 from prefbuild.training.packing import Ids, Segments
 
 STEP = 256  # prompt tokens, and completion tokens, of a captured batch are multiples of this
@@ -190,7 +190,7 @@ class GroupedScores:
             head = self.whole.get_output_embeddings()
             # TRL's own, which its trainers score by: the head a tile at a time.
             log_probs, entropies, *_ = _ChunkedLogProbFunction.apply(
-                _Select.apply(hidden, part["sources"]),
+                Rows.apply(hidden, part["sources"], True),  # a prompt's last token predicts each completion's first
                 head.weight,
                 head.bias,
                 part["targets"],
@@ -283,22 +283,6 @@ class _Replay(torch.autograd.Function):
         ctx.captured.incoming.copy_(gradient)
         ctx.captured.backward.replay()
         return None, None
-
-
-class _Select(torch.autograd.Function):
-    """index_select of rows, whose gradient is added up in a fixed order and without checks that wait for the GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = tensor.shape
-        return tensor.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        zeros = gradient.new_zeros(ctx.shape)
-        return torch.ops.aten._index_put_impl_(zeros, [index], gradient, accumulate=True, unsafe=True), None
 
 
 def _ends(batch: Batch) -> tuple[list[int], list[int]]:

@@ -88,9 +88,9 @@ def load_model(settings: DPO, folder: Path, bf16: bool, *, dequantised: bool = T
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
     with no_first_values():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         weights = take(folder)
-        if weights is not None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config: Any = None if weights is None else AutoConfig.from_pretrained(folder, local_files_only=True)
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
             model.config.name_or_path = str(folder)
