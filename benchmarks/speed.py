@@ -55,7 +55,8 @@ def main() -> int:
         "--arms", nargs="+", choices=(*ARMS, "deterministic"), default=ARMS, help=f"default: {' '.join(ARMS)}"
     )
     parser.add_argument("--tuned", nargs="+", default=TUNED, help=f"TRL's micro-batches; default: {' '.join(TUNED)}")
-    parser.add_argument("--steps", type=int, default=5, help="of TRL's arms; default: 5, of which 2 warm up")
+    parser.add_argument("--steps", type=int, default=5, help="of TRL's in DPO; default: 5, of which 2 warm up")
+    parser.add_argument("--hf-steps", type=int, default=8, help="of TRL's in GRPO, which vary; default: 8")
     parser.add_argument("--max-steps", type=int, default=200, help="of ours in DPO; default: 200")
     parser.add_argument("--grpo-steps", type=int, default=62, help="of ours in GRPO; default: 62, of which 2 warm up")
     parser.add_argument("--profile", action="store_true", help="say where a step's time goes; half a minute more")
@@ -63,7 +64,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/speed-h200.json")
     asked = parser.parse_args()
     if asked.quick:
-        asked.steps, asked.max_steps, asked.grpo_steps, asked.tuned = 3, 4, 3, ["4x4"]
+        asked.steps, asked.hf_steps, asked.max_steps, asked.grpo_steps, asked.tuned = 3, 3, 4, 3, ["4x4"]
     asked.folder, asked.tokenizer = asked.folder.resolve(), asked.tokenizer.resolve()
     asked.model = asked.model.resolve() if asked.model else asked.folder / "7b"
     found = compare(asked)
@@ -119,7 +120,7 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         one, other = (run(asked, f"deterministic-{number}", "ours_dpo", few) for number in (1, 2))
         dpo["deterministic"] = one | {"again_sha256": other.get("adapter_sha256")}
         keep(asked, found)
-    for engine, steps in (("hf", asked.steps), ("graph", asked.grpo_steps)):
+    for engine, steps in (("hf", asked.hf_steps), ("graph", asked.grpo_steps)):
         if f"grpo-{engine}" not in asked.arms:
             continue
         own = shared | {"engine": engine, "steps": steps}

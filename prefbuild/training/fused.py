@@ -60,6 +60,7 @@ def fuse(model: Any) -> list[str]:
 
 
 NAME = "default"  # PEFT's, of the adapter
+CAPTURED = "captured"  # what is cast in a CUDA graph that is being captured
 # Layers that read the same tensor, one after the other, by the names of transformers' models.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -123,13 +124,12 @@ class Group:
 
     def in_format_of(self, x: Any) -> tuple[Any, list[Any]]:
         """FusedLora's a and bs. What an optimizer has changed is cast for all groups at once: there are hundreds."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            # A graph that is replayed must cast what the weights are then.
-            bs = zip(self.all_b, self.scales, strict=True)
-            return torch.cat(self.all_a).to(x.dtype), [(b * scale).to(x.dtype) for b, scale in bs]
-        if self.cast is None or self.cast_of != self.state(x.dtype):
-            cast_all(self.shared, x.dtype)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.cast is None or self.cast_of != (CAPTURED if capturing else self.state(x.dtype)):
+            cast_all(self.shared, x.dtype, capturing)
         assert self.cast is not None
+        if capturing:
+            self.cast_of = None
         return self.cast
 
     def state(self, dtype: Any) -> Any:
@@ -138,13 +138,16 @@ class Group:
 
 
 @torch.no_grad()
-def cast_all(groups: list[Group], dtype: Any) -> None:
-    """Cast the adapters' weights of all groups to a number format."""
+def cast_all(groups: list[Group], dtype: Any, capturing: bool) -> None:
+    """Cast the adapters' weights of all groups to a number format.
+
+    A CUDA graph that is captured casts what the weights are when it is replayed: for one use of each group.
+    """
     targets, sources, scales = [], [], []
     for group in groups:
         a = group.all_a[0].new_empty(sum(map(len, group.all_a)), group.all_a[0].shape[1], dtype=dtype)
         bs = [torch.empty_like(b, dtype=dtype) for b in group.all_b]
-        group.cast, group.cast_of = (a, bs), group.state(dtype)
+        group.cast, group.cast_of = (a, bs), CAPTURED if capturing else group.state(dtype)
         targets += [*a.split([len(one) for one in group.all_a]), *bs]
         sources += [*group.all_a, *group.all_b]
         scales += [*[1.0] * len(group.all_a), *group.scales]

@@ -10,7 +10,8 @@ import triton.language as tl
 ALIGNED = 64  # numbers: a row begins on a cache line, which matmuls and 16-byte loads ask for (32,002 logits do not)
 
 
-@triton.jit
+# A compilation takes a tenth of a second, and where a chunk of these begins is aligned in one of many ways.
+@triton.jit(do_not_specialize_on_alignment=["targets", "log_probs", "entropies", "top1", "mean_logits"])
 def _log_probs(
     logits, targets, log_probs, entropies, top1, mean_logits, scale,
     VOCABULARY: tl.constexpr, STRIDE: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,

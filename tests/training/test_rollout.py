@@ -21,7 +21,7 @@ def tiny(model_type: str = "llama", **own: Any) -> Any:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
-    config = AutoConfig.for_model(model_type, **shape, initializer_range=0.1, **own)
+    config = AutoConfig.for_model(model_type, **shape | {"initializer_range": 0.1} | own)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
@@ -214,7 +214,8 @@ def test_vllm_that_is_not_there_is_named() -> None:
 def test_kernels_and_graphs_write_what_generate_writes(model_type: str) -> None:
     from prefbuild.training.sampling import GREEDY
 
-    model = tiny(model_type).to("cuda")
+    assert rollout(tiny(model_type).to("cuda")).decoder.kernels is None, "heads too narrow for them"
+    model = tiny(model_type, head_dim=32).to("cuda")
     made = rollout(model)
     assert made.decoder.kernels is not None and made.graphs.on_gpu
     wanted = [generated(model, prompt, 20) for prompt in PROMPTS]
