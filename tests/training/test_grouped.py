@@ -119,6 +119,8 @@ def test_what_is_captured_has_the_gradients_of_what_is_not(smollm2: Path) -> Non
         for _ in range(3):  # captured, replayed, and added to what is there
             log_probs, entropies = scores.score(prompts, completions, 64)
             (log_probs * weight).sum().backward()
+            with torch.no_grad():
+                torch._foreach_mul_(scores.trained, 1.1)  # as an optimizer changes them
         gradients = torch.cat([one.grad.flatten() for one in scores.trained])  # type: ignore[union-attr]
         found[capture] = log_probs.detach(), entropies, gradients
     for captured, plain in zip(found[True], found[False], strict=True):
