@@ -140,6 +140,7 @@ class GroupedScores:
         # By name: while an adapter is switched off, as for a reference's first scores, PEFT has its gradients off too.
         self.trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         self.gradient: Tensor | None = None  # all of them in one, which captured backwards add to
+        self.parts: list[Tensor] = []  # of it, a parameter each
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> tuple[Tensor, Tensor]:
@@ -221,12 +222,14 @@ class GroupedScores:
     def hold_gradients(self) -> Tensor:
         """One tensor that all gradients are views of; what Trainer has dropped starts again from 0."""
         if self.gradient is None:
-            self.gradient = torch.zeros(sum(one.numel() for one in self.trained), device=self.device)
+            sizes = [one.numel() for one in self.trained]
+            self.gradient = torch.zeros(sum(sizes), device=self.device)
+            parts = zip(self.gradient.split(sizes), self.trained, strict=True)
+            self.parts = [part.view(parameter.shape) for part, parameter in parts]
         if self.trained[0].grad is None:
             self.gradient.zero_()
-            sizes = [one.numel() for one in self.trained]
-            for parameter, part in zip(self.trained, self.gradient.split(sizes), strict=True):
-                parameter.grad = part.view(parameter.shape)
+            for parameter, part in zip(self.trained, self.parts, strict=True):
+                parameter.grad = part
         return self.gradient
 
 

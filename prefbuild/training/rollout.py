@@ -3,6 +3,7 @@
 A prompt is read once for all its completions. Weights are a copy with the adapter merged in; see decoder.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,14 +79,16 @@ class Rollout:
 
     def refresh(self) -> None:
         """Take the model's weights as they are now."""
-        if self.device.type != "cuda" or any(hasattr(source, "quant_state") for source in self._weights()):
+        if self.device.type != "cuda" or self.quantised:
             self.decoder.refresh()
         else:
             self.graphs.prepare(("refresh", self.decoder.addresses()), self.decoder.refresh)()
 
-    def _weights(self) -> list[Any]:
-        sources = [source for _, source in self.decoder.copies]
-        return [getattr(getattr(source, "base_layer", source), "weight", None) for source in sources]
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether weights are in 4 bits, whose unpacking can't be captured."""
+        layers = [getattr(source, "base_layer", source) for _, source in self.decoder.copies]
+        return any(hasattr(getattr(layer, "weight", None), "quant_state") for layer in layers)
 
     @torch.no_grad()
     def complete(self, prompts: list[list[int]], sampling: Sampling, round_number: int = 0) -> list[list[int]]:
